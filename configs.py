@@ -55,3 +55,56 @@ TILE128 = helion.Config(
 )
 
 CONFIGS = {"autotuned": AUTOTUNED, "tma_persistent": TMA_PERSISTENT, "tile128": TILE128}
+
+# ---- Chosen here ---------------------------------------------------------------------------------
+
+# Hopper, bf16 and fp16, measured on an H200 for D = 128. Two block sizes, [query, key]: these drive
+# `overlapped_kernel`. TMA with descriptors made on the host: made on the device, each CTA waits for
+# its own. Three stages: with two, a tile is requested only when it is needed. 8 warps: with 4 the
+# accumulator spills. The README says what else was tried.
+HOPPER = helion.Config(
+    block_sizes=[128, 128],
+    host_tensor_descriptors=True,
+    indexing="tensor_descriptor",
+    loop_orders=[[1, 0]],
+    num_stages=3,
+    num_warps=8,
+)
+# D = 256: half the keys and two stages, or shared memory overflows.
+HOPPER_D256 = helion.Config(**{**HOPPER.config, "block_sizes": [128, 64], "num_stages": 2})
+
+
+def _pointer(block_sizes, num_warps, num_stages):
+    """A config for `attention_kernel` on any GPU: [batch*head, query, key], pointer loads."""
+    return helion.Config(
+        block_sizes=block_sizes, loop_orders=[[1, 0]], num_stages=num_stages, num_warps=num_warps
+    )
+
+
+# The rest is not measured but read from machine code: for each head dim the largest tiles that fit
+# and do not spill (check.py -k default shows it again).
+# sm_100: the report's best tiles with 8 warps, which do not spill where its 4 do.
+BLACKWELL = {d: _pointer([1, 128, 128], 8, 2) for d in (16, 32, 64, 128)}
+BLACKWELL[256] = _pointer([1, 128, 32], 8, 2)
+# sm_80 and the consumer chips sm_86, sm_89, sm_120, which have 100 KiB of shared memory per SM.
+AMPERE = {d: _pointer([1, 128, 64], 4, 3) for d in (16, 32, 64)}
+AMPERE[128] = _pointer([1, 64, 32], 4, 2)
+AMPERE[256] = _pointer([1, 64, 32], 8, 2)
+# float32 has no tensor cores to feed: small tiles, so that the FMAs fit in the registers.
+FLOAT32 = {d: _pointer([1, 32, 32], 4, 2) for d in (16, 32, 64, 128)}
+FLOAT32[256] = _pointer([1, 16, 16], 4, 1)
+
+
+def best(capability, head_dim, dtype):
+    """The helion.Config to run when the caller names none.
+
+    capability: (major, minor) as torch.cuda.get_device_capability gives it, or None on a CPU.
+    head_dim: 16, 32, 64, 128 or 256. dtype: the torch.dtype of q, k and v.
+    """
+    if dtype == torch.float32:
+        return FLOAT32[head_dim]
+    if capability == (9, 0):
+        return HOPPER_D256 if head_dim == 256 else HOPPER
+    if capability is not None and capability[0] == 10:
+        return BLACKWELL[head_dim]
+    return AMPERE[head_dim]

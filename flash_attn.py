@@ -37,8 +37,9 @@ def online_softmax(qk, m_i, l_i, qk_scale):
     return p, alpha, m_ij, l_i * alpha + torch.sum(p, -1)
 
 
-# "ieee": float32 inputs are multiplied as float32, not as tf32. It does not touch bf16 and fp16.
-@helion.kernel(static_shapes=True, dot_precision="ieee")
+# "tf32x3": float32 inputs are multiplied as three tf32 products each, which keeps float32's
+# precision on tensor cores. It does not touch bf16 and fp16.
+@helion.kernel(static_shapes=True, dot_precision="tf32x3")
 def attention_kernel(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, qk_scale: hl.constexpr
 ) -> torch.Tensor:
@@ -66,7 +67,7 @@ def attention_kernel(
 
 
 @helion.kernel(
-    static_shapes=True, dot_precision="ieee", ignore_warnings=[helion.exc.TensorOperationInWrapper]
+    static_shapes=True, dot_precision="tf32x3", ignore_warnings=[helion.exc.TensorOperationInWrapper]
 )
 def overlapped_kernel(
     q: torch.Tensor,
@@ -118,3 +119,100 @@ def overlapped_kernel(
                 acc = hl.dot(p.to(v.dtype), v[b, h, rest, :], acc=acc)
         out[b, h, tile_m, :] = (acc * (1 / l_i)[:, None]).to(out.dtype)
     return out
+
+
+def _check(q, k, v, scale):
+    """Raise the TypeError or ValueError that flash_attention documents, or return nothing."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} must be 4-D [B, H, S, D], got shape {tuple(x.shape)}")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name}.dtype must be bfloat16, float16 or float32, got {x.dtype}")
+        if x.numel() == 0:
+            raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name}.dtype must be q's {q.dtype}, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
+        for dim, what in ((0, "batch size"), (1, "number of heads"), (3, "head dim")):
+            if x.size(dim) != q.size(dim):
+                raise ValueError(
+                    f"{name}'s {what} (size({dim})) must be q's {q.size(dim)}, got {x.size(dim)}"
+                )
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} requires grad, but this is the forward pass only: "
+                "detach it, or call under torch.no_grad()"
+            )
+    if q.size(3) not in HEAD_DIMS:
+        raise ValueError(f"q's head dim (size(3)) must be one of {HEAD_DIMS}, got {q.size(3)}")
+    if v.size(2) != k.size(2):
+        raise ValueError(f"v's length (size(2)) must be k's {k.size(2)}, got {v.size(2)}")
+    if not (math.isfinite(scale) and scale >= 0):
+        raise ValueError(f"scale must be finite and not negative, got {scale}")
+    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"q must be on a CUDA device, got {q.device}: to execute the kernel on the CPU, "
+            "start Python with TRITON_INTERPRET=1 (check.py shows what else that takes)"
+        )
+
+
+def _compile(q, k, v, scale, config):
+    """The compiled launcher for tensors like these: a function of q, k, v."""
+    scale = q.size(-1) ** -0.5 if scale is None else scale
+    _check(q, k, v, scale)
+    if config is None:
+        capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
+        config = configs.best(capability, q.size(-1), q.dtype)
+    if 1 in (q.size(2), k.size(2)) and len(config.block_sizes) == 3:
+        # helion 1.5.1 fails on batched products with a dimension of size 1. Two equal queries give
+        # two equal rows, two equal keys the same mean: repeat them, without a copy, and drop one.
+        twice = lambda x: x.expand(-1, -1, 2, -1) if x.size(2) == 1 else x
+        launch = _compile(twice(q), twice(k), twice(v), scale, config)
+        return lambda q, k, v: launch(twice(q), twice(k), twice(v))[:, :, : q.size(2)]
+    kernel, constants = attention_kernel, (scale * LOG2E,)
+    if len(config.block_sizes) == 2:  # [query, key]: the overlapped schedule
+        block_m, block_n = config.block_sizes
+        kernel, constants = overlapped_kernel, (*constants, block_n)
+        config = helion.Config(**{**config.config, "block_sizes": [block_m]})
+    launch = kernel.bind((q, k, v, *constants)).compile_config(config)
+    return lambda q, k, v: launch(q, k, v, *constants)
+
+
+_launchers = {}  # helion's own dispatch costs several times more host time than this lookup
+
+
+def flash_attention(q, k, v, *, scale=None, config=None):
+    """softmax(q k^T * scale) v, dense, forward pass; the rows of q attend to all rows of k and v.
+
+    q: [B, H, M, D]; k, v: [B, H, N, D]. bfloat16, float16 or float32, all three the same; D is 16,
+    32, 64, 128 or 256; M and N are any lengths; any strides. float32 products keep float32's
+    precision (tf32x3). Sums are float32 throughout.
+    scale: a float, 1 / sqrt(D) if None. It is compiled in, as shapes and strides are: the first
+    call with new ones takes seconds.
+    config: a helion.Config of configs.py or your own. Three block sizes [batch*head, query, key]
+    run attention_kernel, which copies q, k or v first if [B, H] do not fold into one dimension;
+    two, [query, key], run overlapped_kernel, which reads any strides in place. None takes what
+    configs.py knows to be best for this GPU.
+    Returns out: [B, H, M, D] in q's dtype.
+    Raises TypeError or ValueError, before anything is compiled, on input outside of the above: the
+    message names the argument, what it was and what is accepted.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if not isinstance(scale, (float, int, type(None))):
+        raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
+    if not isinstance(config, (helion.Config, type(None))):
+        raise TypeError(f"config must be a helion.Config or None, got {type(config).__name__}")
+    if config is not None and len(config.block_sizes) not in (2, 3):
+        raise ValueError(f"config must have 2 or 3 block_sizes, got {config.block_sizes}")
+    # All that a launcher was compiled for; 16-byte alignment decides whether TMA may be used.
+    key = (scale, config, torch.is_grad_enabled()) + tuple(
+        (x.shape, x.stride(), x.dtype, x.device, x.requires_grad, x.data_ptr() % 16)
+        for x in (q, k, v)
+    )
+    with torch.cuda.device_of(q):
+        if key not in _launchers:
+            _launchers[key] = _compile(q, k, v, scale, config)
+        return _launchers[key](q, k, v)

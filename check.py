@@ -1,0 +1,536 @@
+"""Is the kernel right? Run it against PyTorch's SDPA and print every error beside its bound.
+
+    python check.py             # everything; the last line is `N passed, N failed`
+    python check.py -k hopper   # only the cases with "hopper" in their name
+
+On a GPU this runs the real kernels. Without one it executes the Triton code that Helion generates,
+with its tiles, masks and program order, in Triton's interpreter, and compiles it for GPUs that are
+not here with the compiler that Triton brings along.
+"""
+import argparse
+import concurrent.futures
+import contextlib
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+HERE = Path(__file__).resolve().parent
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, so before it
+
+import configs
+import helion
+from flash_attn import LOG2E, attention_kernel, flash_attention, overlapped_kernel
+
+DEVICE = "cuda" if GPU else "cpu"
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+NAMED = {**configs.CONFIGS, "hopper": configs.HOPPER}
+
+# The published tables: shape, Helion ms, PyTorch ms, speedup, TFLOPS, as printed.
+PUBLISHED = {
+    "autotuned": [
+        ((2, 32, 1024, 128), 0.2122, 0.1230, 0.58, 161.9),
+        ((4, 32, 2048, 128), 1.0717, 0.7299, 0.68, 256.5),
+        ((4, 32, 4096, 128), 3.9385, 2.8049, 0.71, 279.2),
+        ((8, 32, 2048, 128), 2.0359, 1.4325, 0.70, 270.0),
+        ((16, 64, 4096, 128), 30.5381, 21.9485, 0.72, 288.0),
+    ],
+    "tma_persistent": [
+        ((2, 32, 1024, 128), 0.1928, 0.1231, 0.64, 178.2),
+        ((4, 32, 4096, 128), 4.2923, 2.8052, 0.65, 256.2),
+        ((16, 64, 4096, 128), 32.8050, 21.9438, 0.67, 268.1),
+    ],
+    "tile128": [
+        ((2, 32, 1024, 128), 0.1470, 0.1235, 0.84, 233.8),
+        ((4, 32, 2048, 128), 0.7319, 0.7316, 1.00, 375.6),
+        ((4, 32, 4096, 128), 2.7222, 2.8071, 1.03, 403.9),
+        ((8, 32, 2048, 128), 1.4363, 1.4337, 1.00, 382.8),
+        ((16, 64, 4096, 128), 20.7709, 21.9450, 1.06, 423.5),
+        ((8, 64, 8192, 128), 41.6737, 43.5296, 1.04, 422.1),
+    ],
+}
+
+
+def flops(shape):
+    """Floating-point operations of dense attention on [B, H, S, D]: two products, 2 each FMA."""
+    B, H, S, D = shape
+    return 4 * B * H * S * S * D
+
+
+# ---- Without a GPU: execute and compile ----------------------------------------------------------
+
+
+def patch_interpreter():
+    """Close the gaps of Triton's interpreter that stand between it and our kernels."""
+    import helion.runtime
+    import numpy as np
+    import triton.language as tl
+    from helion.runtime.triton import helpers
+    from helion.autotuner.config_spec import ConfigSpec
+    from torch._inductor.runtime.triton_compat import libdevice
+    from triton.runtime import interpreter
+
+    libdevice.exp2 = lambda x: tl.exp2(x)  # it has no libdevice
+    helion._compat._supports_tensor_descriptor = lambda: True  # but TMA it executes, and helion
+    supports = ConfigSpec.supports_config_key  # only has to be told
+    ConfigSpec.supports_config_key = (
+        lambda self, key: key == "host_tensor_descriptors" or supports(self, key)
+    )
+    helion.runtime.get_num_sm = lambda device, *, reserved_sms=0: 2  # persistent grids ask for it
+    create_dot = interpreter.InterpreterBuilder.create_dot
+
+    def widened(x):  # it keeps bf16 as uint16, and would multiply these integers
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        data = interpreter._convert_float(x.data, tl.bfloat16, tl.float32, None).view(np.float32)
+        return interpreter.TensorHandle(data, tl.float32)
+
+    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: create_dot(
+        self, widened(a), widened(b), *rest
+    )
+    reduce = interpreter.ReduceOps.apply_impl
+
+    def reduce_fast(self, input):  # it would call helion's max element by element
+        if self.combine_fn == helpers._maximum_propagate_nan:
+            return self.min_max(input[0], np.max)
+        return reduce(self, input)
+
+    interpreter.ReduceOps.apply_impl = reduce_fast
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_index(tensor, scope):  # triton 3.6 with numpy 2.4: int() of a 1-element array
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch_index
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    patch_interpreter()
+
+# SMs of the largest part, and KiB of shared memory per SM (CUDA C++ Programming Guide, technical
+# specifications per compute capability).
+CHIPS = {80: (108, 164), 86: (84, 100), 89: (128, 100), 90: (132, 228), 100: (148, 228), 120: (188, 100)}
+
+
+@contextlib.contextmanager
+def pretend(sm):
+    """Inside, torch and helion believe that a GPU of compute capability sm / 10 is present."""
+    from helion._compiler.compile_environment import CompileEnvironment
+    from torch._inductor.runtime.hints import DeviceProperties
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    sms, kib = CHIPS[sm]
+    capability = divmod(sm, 10)
+    device = mock.Mock(
+        major=capability[0], minor=capability[1], multi_processor_count=sms, warp_size=32,
+        regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, gcnArchName="",
+        shared_memory_per_block=48 << 10, shared_memory_per_block_optin=(kib - 1) << 10,
+        shared_memory_per_multiprocessor=kib << 10, total_memory=80 << 30, L2_cache_size=50 << 20,
+    )
+    device.name = f"sm_{sm}"
+    properties = DeviceProperties(
+        type="cuda", index=0, multi_processor_count=sms, cc=sm, major=capability[0],
+        regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, warp_size=32,
+    )
+    with contextlib.ExitStack() as stack:
+        for target, value in {
+            "torch.cuda.is_available": lambda: True,
+            "torch.cuda.device_count": lambda: 1,
+            "torch.cuda.current_device": lambda: 0,
+            "torch.cuda.get_device_capability": lambda device=None: capability,
+            "torch.cuda.get_device_properties": lambda device=None: device_properties,
+            "torch.version.cuda": "13.0",
+        }.items():
+            device_properties = device
+            stack.enter_context(mock.patch(target, value))
+        for owner, name, value in (
+            (DeviceProperties, "create", lambda device: properties),
+            (CompileEnvironment, "tensor_descriptor_base_is_aligned", lambda self, tensor: True),
+            (FakeTensor, "data_ptr", lambda self: 0),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, value))
+        stack.enter_context(FakeTensorMode())
+        yield
+
+
+def machine_code(config, sm, head_dim=128, dtype="bfloat16"):
+    """Compile one config for compute capability sm / 10; no such GPU is needed.
+
+    Returns a dict: registers per thread, spilled bytes per thread, shared memory in bytes, CTAs
+    that fit on an SM, and the tensor-core instruction in the machine code (None without one).
+    Triton must not be in interpreter mode: see compile_in_child.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    kernel, constants = attention_kernel, (head_dim**-0.5 * LOG2E,)
+    if len(config.block_sizes) == 2:
+        kernel, constants = overlapped_kernel, (*constants, config.block_sizes[1])
+        config = helion.Config(**{**config.config, "block_sizes": config.block_sizes[:1]})
+    short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[dtype]
+    launched = {}
+
+    def launcher(fn, grid, *args, num_warps, num_stages, **options):
+        """What helion calls to launch: remember it instead."""
+        launched.update(fn=fn, args=args, options=dict(options, num_warps=num_warps, num_stages=num_stages))
+
+    with tempfile.TemporaryDirectory() as folder:
+        with pretend(sm):
+            qkv = [torch.empty(16, 64, 4096, head_dim, dtype=DTYPES[dtype], device="cuda") for _ in "qkv"]
+            source = Path(folder, "generated.py")
+            source.write_text(kernel.bind((*qkv, *constants)).to_triton_code(config))
+            spec = importlib.util.spec_from_file_location("generated", source)
+            generated = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(generated)
+            getattr(generated, kernel.name)(*qkv, *constants, _launcher=launcher)
+        signature, constexprs, attributes = {}, {}, {}
+        for i, (param, arg) in enumerate(zip(launched["fn"].params, launched["args"])):
+            if param.is_constexpr:
+                signature[param.name], constexprs[param.name] = "constexpr", arg
+            elif isinstance(arg, TensorDescriptor):
+                signature[param.name] = f"tensordesc<{short}{list(arg.block_shape)}>".replace(" ", "")
+            else:
+                signature[param.name], attributes[(i,)] = f"*{short}", [["tt.divisibility", 16]]
+        source = ASTSource(launched["fn"], signature, constexprs, attributes)
+        compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=launched["options"])
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+        run = lambda *command: subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        usage = run(tools / "cuobjdump", "-res-usage", cubin)
+        sass = run(tools / "nvdisasm", "-c", cubin)
+    registers, spilled = (int(x) for x in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    threads, shared = 32 * launched["options"]["num_warps"], compiled.metadata.shared
+    kib = CHIPS[sm][1]
+    names = {"UTCHMMA": "tcgen05 (UTCHMMA)", "HGMMA": "wgmma (HGMMA)", "HMMA": "mma (HMMA)"}
+    return {
+        "registers": registers,
+        "spilled": spilled,
+        "shared": shared,
+        "ctas": min(65536 // (registers * threads), (kib << 10) // (shared + 1024), 2048 // threads),
+        "instruction": next((names[op] for op in names if re.search(rf"\b{op}\b", sass)), None),
+    }
+
+
+def compile_in_child(jobs):
+    """machine_code for each (config name or Config repr, sm, head dim, dtype), in a child process.
+
+    The child has the interpreter off. Returns a list of dicts; {"error": reason} where the compiler
+    refused.
+    """
+    child = subprocess.run(
+        [sys.executable, __file__, "--compile", json.dumps(jobs)],
+        env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True,
+    )
+    found = [json.loads(line[5:]) for line in child.stdout.splitlines() if line.startswith("CODE ")]
+    reason = (child.stderr.strip().splitlines() or ["no message"])[-1][:200]
+    return found + [{"error": f"the compiler died: {reason}"}] * (len(jobs) - len(found))
+
+
+# ---- The cases -----------------------------------------------------------------------------------
+# Each is a function that raises where the kernel is wrong, and returns the line to print.
+
+
+def reference(q, k, v, scale=None):
+    """Attention by its definition, in float64."""
+    q, k, v = q.double(), k.double(), v.double()
+    scores = q @ k.transpose(-1, -2) * (q.size(-1) ** -0.5 if scale is None else scale)
+    return scores.softmax(-1) @ v
+
+
+def compare(out, q, k, v, scale=None):
+    """Hold out to flash-attention's own bound (its tests/test_flash_attn.py): at most twice the
+    error of PyTorch's SDPA in the same dtype against a float64 reference, plus rounding.
+    Rows with NaN or inf must be the rows that have it in SDPA's math backend. (The fast backends
+    lose some: the CPU's turns a NaN of inf - inf into a number.)"""
+    assert out.shape == q.shape and out.dtype == q.dtype, (out.shape, out.dtype)
+    sdpa, ref = F.scaled_dot_product_attention(q, k, v, scale=scale), reference(q, k, v, scale)
+    finite = ref.isfinite().all(-1)
+    if not finite.all():
+        with sdpa_kernel(SDPBackend.MATH):
+            math = F.scaled_dot_product_attention(q, k, v, scale=scale)
+        assert torch.equal(math.isfinite().all(-1), finite), "SDPA's math backend has other rows"
+    assert torch.equal(out.isfinite().all(-1), finite), "not finite in other rows than SDPA"
+    ref = ref[finite]
+    low = ref.to(q.dtype)
+    rounding = (low + 0.3 - 0.3 - low).abs().max().item()
+    bound = 2 * (sdpa[finite] - ref).abs().max().item() + 2 * rounding
+    error = (out[finite] - ref).abs().max().item()
+    assert error <= bound, f"error {error:.2e} > bound {bound:.2e}"
+    return f"error {error:.2e} <= bound {bound:.2e}"
+
+
+def make(shape, dtype="bfloat16", keys=None, seed=0):
+    """Random normal q: [B, H, S, D] and k, v: [B, H, keys, D]."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    B, H, S, D = shape
+    return [
+        torch.randn(B, H, n, D, generator=generator, device=DEVICE).to(DTYPES[dtype])
+        for n in (S, keys or S, keys or S)
+    ]
+
+
+def random_input(config, shape, dtype="bfloat16", keys=None):
+    q, k, v = make(shape, dtype, keys)
+    return compare(flash_attention(q, k, v, config=NAMED.get(config)), q, k, v)
+
+
+def report_shape(config, shape):
+    """A shape of the report, on a GPU; the float64 reference is taken of two heads."""
+    q, k, v = make(shape)
+    out = flash_attention(q, k, v, config=NAMED[config])
+    assert out.isfinite().all()
+    lines = [compare(*(x[b, h][None, None] for x in (out, q, k, v))) for b, h in ((0, 0), (-1, -1))]
+    return lines[-1]
+
+
+def strided(config):
+    """[B, S, H, D] transposed, k and v out of one packed tensor, and rows that are not aligned."""
+    q = make((2, 129, 2, 64))[0].transpose(1, 2)
+    k, v = torch.cat(make((2, 2, 300, 64))[:2], -1).split(64, -1)
+    line = compare(flash_attention(q, k, v, config=NAMED[config]), q, k, v)
+    k, v = (torch.cat([x, x], -1)[..., 1:65] for x in (k, v))
+    q = q.transpose(2, 3).contiguous().transpose(2, 3)
+    compare(flash_attention(q, k, v, config=NAMED[config]), q, k, v)
+    return line
+
+
+def large_logits(config):
+    """exp of these overflows float32: only a softmax that subtracts its maximum survives."""
+    q, k, v = make((2, 2, 129, 64))
+    q = q * 40
+    assert (q.double() @ k.double().mT / 8).max() > 89
+    return compare(flash_attention(q, k, v, config=NAMED[config]), q, k, v)
+
+
+def given_scale(config):
+    q, k, v = make((2, 2, 129, 64))
+    compare(flash_attention(q, k, v, scale=0, config=NAMED[config]), q, k, v, 0.0)
+    return compare(flash_attention(q, k, v, scale=0.3, config=NAMED[config]), q, k, v, 0.3)
+
+
+def identical_keys(config):
+    """Every probability is 1 / N and every output row the mean of v."""
+    q, k, v = make((2, 2, 129, 64))
+    k = k[:, :, :1].expand_as(k)
+    return compare(flash_attention(q, k, v, config=NAMED[config]), q, k, v)
+
+
+def not_finite(config):
+    for tensor, row, value in ((0, 5, float("nan")), (0, 128, float("inf")), (1, 7, float("inf")),
+                               (2, 128, float("nan"))):  # fmt: skip
+        qkv = make((2, 2, 129, 64))
+        qkv[tensor][1, 1, row, 3] = value
+        compare(flash_attention(*qkv, config=NAMED[config]), *qkv)
+    q, k, v = make((2, 2, 129, 64))
+    q[0, 0, 3] = float("nan")
+    out = flash_attention(q, k, v, config=NAMED[config])
+    assert out[0, 0, 3].isnan().all() and out.isnan().sum() == 64
+    return "NaN and inf stay in the rows where SDPA has them"
+
+
+def same_bits(config):
+    q, k, v = make((2, 2, 129, 64))
+    first, second = (flash_attention(q, k, v, config=NAMED[config]) for _ in range(2))
+    assert torch.equal(first, second)
+    return "two runs, the same bits"
+
+
+def every_element_written(config):
+    """torch.empty is poisoned with NaN, so an element that nobody writes shows."""
+    q, k, v = make((2, 2, 129, 64))
+    empty, empty_like = torch.empty, torch.empty_like
+    with mock.patch("torch.empty", lambda *a, **b: empty(*a, **b).fill_(float("nan"))), mock.patch(
+        "torch.empty_like", lambda *a, **b: empty_like(*a, **b).fill_(float("nan"))
+    ):
+        out = flash_attention(q, k, v, config=NAMED[config])
+    return compare(out, q, k, v)
+
+
+def bad_input(name):
+    """Each of these must be refused, by its name, before anything is compiled."""
+    q, k, v = make((2, 2, 16, 64))
+    grad = q.clone().requires_grad_()
+    meta = {"TRITON_INTERPRET": "0"}
+    error, argument, call = {
+        "rank": (ValueError, "q", lambda: flash_attention(q[0], k, v)),
+        "batch": (ValueError, "k", lambda: flash_attention(q, k[:1], v)),
+        "heads": (ValueError, "v", lambda: flash_attention(q, k, v[:, :1])),
+        "head dim": (ValueError, "k", lambda: flash_attention(q, k[..., :32], v)),
+        "length of v": (ValueError, "v", lambda: flash_attention(q, k, v[:, :, :8])),
+        "mixed dtype": (TypeError, "k", lambda: flash_attention(q, k.half(), v)),
+        "dtype": (TypeError, "q", lambda: flash_attention(q.double(), k.double(), v.double())),
+        "unsupported head dim": (ValueError, "q", lambda: flash_attention(*(x[..., :48] for x in (q, k, v)))),
+        "device": (ValueError, "k", lambda: flash_attention(q, k.to("meta"), v)),
+        "empty": (ValueError, "k", lambda: flash_attention(q, k[:, :, :0], v[:, :, :0])),
+        "requires grad": (ValueError, "q", lambda: flash_attention(grad, k, v)),
+        "not a tensor": (TypeError, "v", lambda: flash_attention(q, k, [1.0])),
+        "scale": (ValueError, "scale", lambda: flash_attention(q, k, v, scale=float("nan"))),
+        "config": (TypeError, "config", lambda: flash_attention(q, k, v, config="tile128")),
+        "cpu": (ValueError, "q", lambda: flash_attention(*(x.cpu() for x in (q, k, v)))),
+    }[name]
+    with mock.patch.dict(os.environ, meta if name == "cpu" else {}), mock.patch.object(
+        helion.Kernel, "bind", side_effect=AssertionError("it was compiled")
+    ):
+        try:
+            call()
+        except (TypeError, ValueError) as raised:
+            assert type(raised) is error and str(raised).startswith(argument), repr(raised)
+            return str(raised)
+    raise AssertionError("nothing was raised")
+
+
+def copied_files():
+    """flash_attn.py and configs.py work in an empty folder and import nothing else of ours."""
+    script = f"""
+import sys
+import torch
+{'' if GPU else inspect.getsource(patch_interpreter) + 'import flash_attn, helion; patch_interpreter()'}
+from flash_attn import flash_attention
+q, k, v = torch.randn(3, 1, 2, 100, 64, device={DEVICE!r}, dtype=torch.float16)
+out, sdpa = flash_attention(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v)
+torch.testing.assert_close(out, sdpa, atol=2e-3, rtol=2e-3)
+ours = [m for m in sys.modules.values() if {str(HERE)!r} in str(getattr(m, "__file__", ""))]
+assert not ours and "check" not in sys.modules and "bench" not in sys.modules, ours
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("flash_attn.py", "configs.py"):
+            shutil.copy(HERE / name, folder)
+        Path(folder, "caller.py").write_text(script)
+        child = subprocess.run([sys.executable, "caller.py"], cwd=folder, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr.strip()[-500:]
+    return "runs there"
+
+
+def report_arithmetic(config):
+    """The printed speedups and TFLOPS follow from the printed times, and so is what `flops` counts."""
+    for shape, ms, torch_ms, speedup, tflops in PUBLISHED[config]:
+        # Two of its printed speedups are cut, not rounded (26.7%: 0.6689 as 0.67 is not), so a
+        # whole unit of the last digit is allowed; for the TFLOPS the rounding of 0.1 is.
+        assert abs(torch_ms / ms - speedup) < 0.01, (shape, torch_ms / ms, speedup)
+        assert abs(flops(shape) / ms / 1e9 - tflops) <= 0.1, (shape, flops(shape) / ms / 1e9, tflops)
+    return f"{len(PUBLISHED[config])} rows"
+
+
+# What the README says of the machine code: tensor-core instruction on sm_90 and sm_100, and
+# whether the config spills (None: not claimed).
+CLAIMS = {
+    ("autotuned", 90): ("mma", None), ("autotuned", 100): ("mma", None),
+    ("tma_persistent", 90): ("mma", None), ("tma_persistent", 100): ("mma", None),
+    ("tile128", 90): ("wgmma", True), ("tile128", 100): ("tcgen05", True),
+    ("hopper", 90): ("wgmma", False), ("hopper", 100): ("tcgen05", None),
+}  # fmt: skip
+
+
+def cross_compile(config, sm):
+    code = compile_in_child([(config, sm, 128, "bfloat16")])[0]
+    assert "error" not in code, code["error"]
+    instruction, spills = CLAIMS[config, sm]
+    assert str(code["instruction"]).startswith(instruction + " "), code
+    assert spills is None or spills == (code["spilled"] > 0), code
+    return f"{code['instruction']}, {code['registers']} registers, {code['spilled']} B spilled"
+
+
+def default_config(sm):
+    """What flash_attention takes when no config is named fits and does not spill, for each head dim."""
+    for dim, code in zip((16, 32, 64, 128, 256), compile_in_child([("best", sm, d, "bfloat16") for d in (16, 32, 64, 128, 256)])):
+        assert "error" not in code, (dim, code["error"])
+        assert code["ctas"] >= 1 and code["spilled"] == 0 and code["instruction"], (dim, code)
+    return "all head dims fit, none spills"
+
+
+def cases():
+    """[(function, arguments)], grouped so that one worker process compiles a group's kernel once."""
+    shared = (strided, large_logits, given_scale, identical_keys, not_finite, same_bits, every_element_written)
+    for sm in CHIPS:  # the slow ones first, so that no worker is left alone with them
+        yield [(default_config, (sm,))]
+    for name in NAMED:
+        yield [(cross_compile, (name, sm)) for sm in (90, 100)]
+    for name in NAMED:
+        yield [(case, (name,)) for case in shared]
+        yield [(random_input, (name, (1, 2, 129, dim), "bfloat16", 300)) for dim in (16, 64, 128, 256)]
+        yield [(random_input, (name, (1, 2, 129, dim), "float16", 300)) for dim in (16, 64, 128, 256)]
+        yield [(random_input, (name, (1, 2, 64, dim), "float32", 150)) for dim in (16, 64, 128)]
+        yield [(random_input, (name, (2, 1, n, 64))) for n in (1, 17, 128, 129, 300)]
+        yield [(random_input, (name, (1, 3, 300, 64), "bfloat16", keys)) for keys in (1, 129, 520)]
+    yield [(random_input, ("default", (1, 2, 100, dim), dtype)) for dim in (32, 256) for dtype in DTYPES]
+    yield [(bad_input, (name,)) for name in (
+        "rank", "batch", "heads", "head dim", "length of v", "mixed dtype", "dtype", "unsupported head dim",
+        "device", "empty", "requires grad", "not a tensor", "scale", "config", "cpu")]  # fmt: skip
+    yield [(copied_files, ())] + [(report_arithmetic, (name,)) for name in PUBLISHED]
+    if GPU:
+        for name in PUBLISHED:
+            yield [(report_shape, (name, row[0])) for row in PUBLISHED[name]]
+        yield [(report_shape, ("hopper", row[0])) for row in PUBLISHED["tile128"]]
+
+
+def label(case):
+    function, arguments = case
+    return " ".join([function.__name__, *(str(a).replace(" ", "") for a in arguments)])
+
+
+def run(group):
+    """[(label, passed, text)] of one group, in a worker process."""
+    results = []
+    for function, arguments in group:
+        try:
+            results.append((label((function, arguments)), True, function(*arguments)))
+        except Exception as error:
+            text = f"{type(error).__name__}: {str(error).strip()[:600] or traceback.format_exc(limit=-1)}"
+            results.append((label((function, arguments)), False, text))
+    return results
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-k", metavar="TEXT", default="", help="run only the cases whose name has TEXT in it")
+    parser.add_argument("--compile", metavar="JSON", help=argparse.SUPPRESS)  # see compile_in_child
+    args = parser.parse_args()
+    if args.compile:
+        for name, sm, head_dim, dtype in json.loads(args.compile):
+            config = NAMED.get(name) or configs.best(divmod(sm, 10), head_dim, DTYPES[dtype])
+            try:
+                code = machine_code(config, sm, head_dim, dtype)
+            except Exception as error:
+                code = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"}
+            print("CODE", json.dumps(code), flush=True)
+        return 0
+    print(f"on {torch.cuda.get_device_name() if GPU else 'the CPU, through Triton`s interpreter'}, "
+          f"torch {torch.__version__}, helion {importlib.metadata.version('helion')}", flush=True)  # fmt: skip
+    groups = [[case for case in group if args.k in label(case)] for group in cases()]
+    passed = failed = 0
+    workers = min(8, os.cpu_count() or 1)
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
+        jobs = [pool.submit(run, group) for group in groups if group]
+        for job in concurrent.futures.as_completed(jobs):
+            for name, ok, text in job.result():
+                passed, failed = passed + ok, failed + (not ok)
+                print(f"{'ok  ' if ok else 'FAIL'} {name}: {text}", flush=True)
+    if not passed + failed:
+        print(f"no case has {args.k!r} in its name")
+    print(f"{passed} passed, {failed} failed")
+    return 1 if failed or not passed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
