@@ -1,0 +1,379 @@
+"""Reproduce the report's tables: Helion against PyTorch's scaled_dot_product_attention (SDPA).
+
+    python bench.py                         # the three published tables
+    python bench.py --config tile128        # one of them; or hopper, this project's own
+    python bench.py --shape 1,16,2048,64    # your shape [B, H, S, D]; may be repeated
+    python bench.py > table.md              # markdown goes to stdout, progress to stderr
+
+Every row is compared with SDPA before its time is believed. Times are medians of
+triton.testing.do_bench (L2 flushed before each call), in ms; the competitors take turns over
+several rounds, so that clock drift hits all alike, and the spread of the rounds is shown.
+Without a GPU the same command shows what can be known without one.
+"""
+import argparse
+import datetime
+import functools
+import importlib
+import importlib.metadata
+import json
+import math
+import os
+import shutil
+import statistics
+import sys
+import time
+
+import check  # first: it decides between GPU and interpreter before triton is imported
+import torch
+import torch.nn.functional as F
+import triton.testing
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import configs
+from flash_attn import DTYPES, HEAD_DIMS, LOG2E, attention_kernel, flash_attention, overlapped_kernel
+
+ROUNDS, WARMUP_MS, REP_MS = 5, 10, 50
+
+# Datasheet figures: dense bf16 TFLOPS, SMs, FLOP per clock and SM of the tensor cores, TB/s.
+# B200: HGMX B200 datasheet, FLOP per clock from the FlashAttention-4 paper; the others: the GPU's own.
+CHIPS = {
+    "B200": (2250.0, 148, 8192, 8.0),
+    "H200": (989.4, 132, 4096, 4.8),
+    "H100": (989.4, 132, 4096, 3.35),
+    "A100": (312.0, 108, 2048, 2.0),
+}
+EXP_PER_CLOCK = 16  # exponentials per clock and SM on all of these (CUDA Programming Guide, throughput table)
+
+
+def say(*words):
+    print(*words, file=sys.stderr, flush=True)
+
+
+def row(*cells):
+    print("| " + " | ".join(str(cell) for cell in cells) + " |", flush=True)
+
+
+def table(*head):
+    print()
+    row(*head)
+    row(*("---" for _ in head))
+
+
+def bracket(shape):
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def geomean(values):
+    return math.exp(statistics.fmean(map(math.log, values)))
+
+
+def versions():
+    names = ("torch", "triton", "helion")
+    return {name: importlib.metadata.version(name) for name in names} | {"cuda": torch.version.cuda}
+
+
+def chip():
+    """The key of CHIPS for the GPU at hand, or None."""
+    return next((name for name in CHIPS if name in torch.cuda.get_device_name()), None)
+
+
+# ---- The competitors -----------------------------------------------------------------------------
+
+
+def sdpa(backend, q, k, v):
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+@functools.cache
+def installed_libraries():
+    """{name: function of [B, S, H, D] tensors} of the flash-attention packages that can be imported.
+
+    One of them is called flash_attn, as our own file is: ours steps aside while it is looked for.
+    """
+    here = str(check.HERE)
+    path, ours = list(sys.path), sys.modules.pop("flash_attn")
+    sys.path[:] = [p for p in path if os.path.realpath(p or ".") != here]
+    found = {}
+    for name, module in (("FA2", "flash_attn"), ("FA3", "flash_attn_interface"), ("FA4", "flash_attn.cute")):
+        try:
+            found[name] = importlib.import_module(module).flash_attn_func
+        except Exception as error:  # not installed, or not for this GPU: say so and go on
+            say(f"{name} ({module}): not used, {type(error).__name__}: {str(error).splitlines()[0][:80]}")
+    sys.path[:], sys.modules["flash_attn"] = path, ours
+    return found
+
+
+def library(function, q, k, v):
+    out = function(*(x.transpose(1, 2) for x in (q, k, v)))
+    return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+
+def competitors(q, k, v):
+    """{name: callable} of everything that can run this row; PyTorch is SDPA's default dispatch."""
+    found = {"PyTorch": lambda: F.scaled_dot_product_attention(q, k, v)}
+    for name, backend in (
+        ("flash", SDPBackend.FLASH_ATTENTION),
+        ("cudnn", SDPBackend.CUDNN_ATTENTION),
+        ("efficient", SDPBackend.EFFICIENT_ATTENTION),
+        ("math", SDPBackend.MATH),
+    ):
+        # math stores scores, probabilities and a float32 copy of each
+        needs = 12 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] if name == "math" else 0
+        if needs < torch.cuda.mem_get_info()[0]:
+            found[f"SDPA {name}"] = functools.partial(sdpa, backend, q, k, v)
+    for name, function in installed_libraries().items():
+        found[name] = functools.partial(library, function, q, k, v)
+    return found
+
+
+def default_backend(q, k, v):
+    """The SDPA backend that the default dispatch takes for these tensors."""
+    return SDPBackend(torch._fused_sdp_choice(q, k, v)).name
+
+
+# ---- With a GPU ----------------------------------------------------------------------------------
+
+
+def measure(functions):
+    """{name: (median ms, relative spread)}; None in place of it where the first call fails."""
+    alive, times = {}, {}
+    for name, function in functions.items():
+        try:
+            function()
+            torch.cuda.synchronize()
+            alive[name], times[name] = function, []
+        except Exception as error:
+            say(f"  {name} does not run this: {str(error).strip().splitlines()[0][:100]}")
+    for _ in range(ROUNDS):
+        for name, function in alive.items():
+            times[name].append(
+                triton.testing.do_bench(function, warmup=WARMUP_MS, rep=REP_MS, return_mode="median")
+            )
+    return {
+        name: (statistics.median(t), (max(t) - min(t)) / statistics.median(t)) for name, t in times.items()
+    }
+
+
+def call_cost(function, calls=200):
+    """(host us, end-to-end us) of one call: until it returns, and until its result is there."""
+    host, whole = [], []
+    for _ in range(calls):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        returned = time.perf_counter()
+        torch.cuda.synchronize()
+        host.append((returned - start) * 1e6)
+        whole.append((time.perf_counter() - start) * 1e6)
+    return statistics.median(host), statistics.median(whole)
+
+
+def run_row(config, shape, dtype):
+    """Check and time one row; a dict for --json. Raises what the kernel raises."""
+    q, k, v = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(3))
+    helion_call = functools.partial(flash_attention, q, k, v, config=config)
+    out, reference = helion_call(), F.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(out, reference, atol=2e-2, rtol=2e-2)  # every element, coarsely
+    for b, h in ((0, 0), (-1, -1)):  # two heads by flash-attention's bound against float64
+        check.compare(*(x[b, h][None, None] for x in (out, q, k, v)))
+    del out, reference
+    functions = {"Helion": helion_call, **competitors(q, k, v)}
+    times = measure(functions)
+    ms = {name: t for name, (t, _) in times.items()}
+    return {
+        "shape": shape,
+        "ms": ms,
+        "spread": max(spread for name, (_, spread) in times.items() if name in ("Helion", "PyTorch")),
+        "tflops": {name: check.flops(shape) / t / 1e9 for name, t in ms.items()},
+        "backend": default_backend(q, k, v),
+        "call": {name: call_cost(functions[name]) for name in ("Helion", "PyTorch")},
+    }
+
+
+def gpu_table(name, shapes, dtype):
+    """One results table and its comparison. Returns (rows, whether a row failed)."""
+    published = {r[0]: r[3] for r in check.PUBLISHED.get(name, [])}
+    config = check.NAMED[name]
+    peak = CHIPS[chip()][0] if chip() and dtype != torch.float32 else None
+    results, failed = [], False
+    table("Config [B, H, S, D]", "Helion (ms)", "PyTorch (ms)", "Speedup", "TFLOPS", "% of peak",
+          "Published speedup (B200)", "Spread of the rounds")  # fmt: skip
+    for shape in shapes:
+        say(f"{name} {bracket(shape)}")
+        torch.cuda.empty_cache()
+        try:
+            r = run_row(config, shape, dtype)
+        except Exception as error:
+            failed = True
+            reason = str(error).strip().splitlines()
+            row(bracket(shape), f"failed: {type(error).__name__}: {reason[0][:160] if reason else ''}", *[""] * 6)
+            results.append({"shape": shape, "error": str(error)[:2000]})
+            continue
+        results.append(r)
+        row(bracket(shape), f"{r['ms']['Helion']:.4f}", f"{r['ms']['PyTorch']:.4f}",
+            f"{r['ms']['PyTorch'] / r['ms']['Helion']:.2f}x", f"{r['tflops']['Helion']:.1f}",
+            f"{100 * r['tflops']['Helion'] / peak:.1f}" if peak else "",
+            f"{published[shape]:.2f}x" if shape in published else "", f"{100 * r['spread']:.1f}%")  # fmt: skip
+    good = [r for r in results if "error" not in r]
+    if good:
+        print(f"\nPyTorch dispatched to {', '.join(sorted({r['backend'] for r in good}))}.")
+        comparison(good)
+    return results, failed
+
+
+def comparison(results):
+    """Helion against every competitor, the cost of a call, and the bars."""
+    names = [n for n in dict.fromkeys(n for r in results for n in r["ms"]) if n not in ("Helion", "PyTorch")]
+    best = lambda r: min(r["ms"][n] for n in names if n in r["ms"])
+    table("Config [B, H, S, D]", "Helion (ms)", *(f"{n} (ms, speedup)" for n in names), "Speedup over the best")
+    for r in results:
+        ms = r["ms"]
+        cells = (f"{ms[n]:.4f} ({ms[n] / ms['Helion']:.2f}x)" if n in ms else "" for n in names)
+        row(bracket(r["shape"]), f"{ms['Helion']:.4f}", *cells, f"{best(r) / ms['Helion']:.2f}x")
+    means = (geomean([r["ms"][n] / r["ms"]["Helion"] for r in results if n in r["ms"]]) for n in names)
+    over_best = geomean([best(r) / r["ms"]["Helion"] for r in results])
+    row("Geometric mean", "", *(f"{mean:.3f}x" for mean in means), f"{over_best:.3f}x")
+
+    small = min(results, key=lambda r: check.flops(r["shape"]))
+    table(f"One call at {bracket(small['shape'])}", "Kernel (us)", "Host (us)", "End to end (us)")
+    for n, (host, whole) in small["call"].items():
+        row(n, f"{1000 * small['ms'][n]:.1f}", f"{host:.1f}", f"{whole:.1f}")
+
+    print("\n```text")
+    top = max(t for r in results for t in r["tflops"].values())
+    width = max(10, shutil.get_terminal_size().columns - 32)
+    for r in results:
+        print(f"{bracket(r['shape'])}, TFLOPS")
+        for n, t in r["tflops"].items():
+            print(f"  {n:15s} {t:7.1f} {'#' * max(1, round(width * t / top))}")
+    print("```", flush=True)
+
+
+# ---- Without a GPU -------------------------------------------------------------------------------
+
+
+def floors(shape, chip_name):
+    """Least time in ms that the chip's tensor cores, exponential units and memory each set.
+
+    The clock is the one at which the datasheet's TFLOPS hold. Memory moves q, k, v, out once.
+    """
+    B, H, S, D = shape
+    tflops, sms, flop_per_clock, tb = CHIPS[chip_name]
+    hertz = tflops * 1e12 / (sms * flop_per_clock)
+    return (
+        check.flops(shape) / tflops / 1e9,
+        B * H * S * S / (sms * EXP_PER_CLOCK * hertz) * 1e3,
+        4 * B * H * S * D * 2 / tb / 1e9,
+    )
+
+
+def cpu_table(name, shapes, dtype):
+    """What is known of a config without a GPU. Returns (rows, whether something failed)."""
+    chip_name = "H200" if name == "hopper" else "B200"
+    published = {r[0]: r[1:] for r in check.PUBLISHED.get(name, [])}
+    peak, *_ = CHIPS[chip_name]
+    print(f"\nPublished times, and the floors of a {chip_name} by its datasheet: "
+          "{:.0f} dense bf16 TFLOPS, {} SMs, {} TB/s.".format(peak, CHIPS[chip_name][1], CHIPS[chip_name][3]))  # fmt: skip
+    table("Config [B, H, S, D]", "Helion (ms)", "PyTorch (ms)", "Speedup", "TFLOPS", "% of peak",
+          "Tensor cores (ms)", "Exponentials (ms)", "Memory (ms)")  # fmt: skip
+    results = []
+    for shape in shapes:
+        limits = floors(shape, chip_name)
+        cells = [""] * 5
+        if shape in published:
+            ms, torch_ms, speedup, tflops = published[shape]
+            cells = [f"{ms:.4f}", f"{torch_ms:.4f}", f"{speedup:.2f}x", f"{tflops:.1f}", f"{100 * tflops / peak:.1f}"]
+        row(bracket(shape), *cells, *(f"{limit:.4f}" for limit in limits))
+        results.append({"shape": shape, "published": published.get(shape), "floors_ms": limits})
+
+    say(f"{name}: compiling for sm_90 and sm_100")
+    head_dim, short = shapes[0][3], str(dtype).split(".")[1]
+    print(f"\nMachine code for D = {head_dim}, {short}, from the compiler that Triton brings along:")
+    table("Target", "Registers", "Spilled (bytes)", "Shared memory (bytes)", "CTAs per SM", "Tensor cores")
+    codes = check.compile_in_child([(name, sm, head_dim, short) for sm in (90, 100)])
+    for sm, code in zip((90, 100), codes):
+        if "error" in code:
+            row(f"sm_{sm}", f"does not compile: {code['error'].replace('|', '/')}", *[""] * 4)
+        else:
+            row(f"sm_{sm}", code["registers"], code["spilled"], code["shared"], code["ctas"], code["instruction"] or "none")
+
+    small = (1, 2, min(shapes[0][2], 256), head_dim)
+    say(f"{name}: executing {bracket(small)} in the interpreter")
+    try:
+        text, failed = check.random_input(name, small, short), False
+    except Exception as error:
+        text, failed = f"FAILED: {error}", True
+    print(f"\nExecuted on the CPU at {bracket(small)}, against a float64 reference: {text}", flush=True)
+    return [*results, {"machine_code": codes, "executed": text}], failed
+
+
+# ---- The command ---------------------------------------------------------------------------------
+
+
+def shape_argument(text):
+    try:
+        shape = tuple(int(x) for x in text.split(","))
+    except ValueError:
+        shape = ()
+    if len(shape) != 4 or min(shape) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not B,H,S,D: four positive integers")
+    if shape[3] not in HEAD_DIMS:
+        raise argparse.ArgumentTypeError(f"head dim {shape[3]} in {text!r} is not one of {HEAD_DIMS}")
+    return shape
+
+
+def autotune(name, shape, dtype):
+    """Run Helion's autotuner and print a Config for configs.py."""
+    q, k, v = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(3))
+    qk_scale, block_sizes = shape[3] ** -0.5 * LOG2E, check.NAMED[name].block_sizes
+    if len(block_sizes) == 3:
+        config = attention_kernel.autotune((q, k, v, qk_scale))
+    else:  # the key tile is an argument of this kernel: the tuner leaves it as it is
+        config = overlapped_kernel.autotune((q, k, v, qk_scale, block_sizes[1]))
+        config.config["block_sizes"] = [*config.block_sizes, block_sizes[1]]
+    print(f"TUNED = {config!r}  # {bracket(shape)}, {dtype}, {torch.cuda.get_device_name()}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"bench.py: {message}\n")  # one line, no usage
+    parser.add_argument("--config", choices=list(check.NAMED), help="one table; default: the three published")
+    parser.add_argument("--shape", type=shape_argument, action="append", metavar="B,H,S,D")
+    parser.add_argument("--dtype", choices=[str(d).split(".")[1] for d in DTYPES], default="bfloat16")
+    parser.add_argument("--json", metavar="FILE", help="also write everything that is printed, and versions")
+    parser.add_argument("--autotune", type=shape_argument, metavar="B,H,S,D",
+                        help="tune the kernel of --config (default tile128) for this shape, print a Config")  # fmt: skip
+    args = parser.parse_args()
+    dtype = getattr(torch, args.dtype)
+    if args.autotune:
+        if not check.GPU:
+            parser.error("--autotune needs a GPU")
+        autotune(args.config or "tile128", args.autotune, dtype)
+        return 0
+
+    gpu = torch.cuda.get_device_name() if check.GPU else "none"
+    found = versions()
+    if not check.GPU:
+        print("**There is no GPU here: nothing below is a timing of this machine.**\n")
+    print(f"**Date:** {datetime.datetime.now().isoformat(timespec='seconds')}  \n**GPU:** {gpu}  \n**Dtype:** {dtype}  ")
+    print("**Versions:** " + ", ".join(f"{name} {version}" for name, version in found.items()))
+    if check.GPU:
+        print(f"**Timing:** median of {ROUNDS} rounds of do_bench medians, L2 flushed, competitors in turn")
+    record = {"date": datetime.datetime.now().isoformat(), "gpu": gpu, "dtype": str(dtype), "versions": found,
+              "command": sys.argv, "tables": {}}  # fmt: skip
+    any_failed = False
+    for name in [args.config] if args.config else configs.CONFIGS:
+        print(f"\n## {name}\n\n`{check.NAMED[name]!r}`")
+        shapes = args.shape or [r[0] for r in check.PUBLISHED.get(name, check.PUBLISHED["tile128"])]
+        record["tables"][name], failed = (gpu_table if check.GPU else cpu_table)(name, shapes, dtype)
+        any_failed |= failed
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(record, file, indent=1)
+        say(f"wrote {args.json}")
+    return 1 if any_failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
