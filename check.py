@@ -39,6 +39,7 @@ import helion
 from flash_attn import LOG2E, attention_kernel, flash_attention, overlapped_kernel
 
 DEVICE = "cuda" if GPU else "cpu"
+D = 128 if GPU else 64  # head dim of most cases; the interpreter is slow
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 NAMED = {**configs.CONFIGS, "hopper": configs.HOPPER}
 
@@ -291,7 +292,19 @@ def make(shape, dtype="bfloat16", keys=None, seed=0):
 
 def random_input(config, shape, dtype="bfloat16", keys=None):
     q, k, v = make(shape, dtype, keys)
-    return compare(flash_attention(q, k, v, config=NAMED.get(config)), q, k, v)
+    try:
+        out = flash_attention(q, k, v, config=NAMED.get(config))
+    except Exception as error:
+        if not GPU or config == "default":
+            raise
+        if type(error).__name__ == "OutOfResources":  # a named config need not fit every head dim
+            return f"does not fit this GPU: {error}"
+        # Triton before 3.9 fails on sm_90 where a batched tile's D is not its key block (README).
+        known = config == "tile128" and shape[3] != 128 and torch.cuda.get_device_capability() == (9, 0)
+        if not (known and "PassManager" in str(error)):
+            raise
+        return "refused by Triton's compiler, as documented for this head dim on sm_90"
+    return compare(out, q, k, v)
 
 
 def report_shape(config, shape):
@@ -305,10 +318,10 @@ def report_shape(config, shape):
 
 def strided(config):
     """[B, S, H, D] transposed, k and v out of one packed tensor, and rows that are not aligned."""
-    q = make((2, 129, 2, 64))[0].transpose(1, 2)
-    k, v = torch.cat(make((2, 2, 300, 64))[:2], -1).split(64, -1)
+    q = make((2, 129, 2, D))[0].transpose(1, 2)
+    k, v = torch.cat(make((2, 2, 300, D))[:2], -1).split(D, -1)
     line = compare(flash_attention(q, k, v, config=NAMED[config]), q, k, v)
-    k, v = (torch.cat([x, x], -1)[..., 1:65] for x in (k, v))
+    k, v = (torch.cat([x, x], -1)[..., 1 : D + 1] for x in (k, v))
     q = q.transpose(2, 3).contiguous().transpose(2, 3)
     compare(flash_attention(q, k, v, config=NAMED[config]), q, k, v)
     return line
@@ -316,21 +329,21 @@ def strided(config):
 
 def large_logits(config):
     """exp of these overflows float32: only a softmax that subtracts its maximum survives."""
-    q, k, v = make((2, 2, 129, 64))
+    q, k, v = make((2, 2, 129, D))
     q = q * 40
-    assert (q.double() @ k.double().mT / 8).max() > 89
+    assert (q.double() @ k.double().mT * D**-0.5).max() > 89
     return compare(flash_attention(q, k, v, config=NAMED[config]), q, k, v)
 
 
 def given_scale(config):
-    q, k, v = make((2, 2, 129, 64))
+    q, k, v = make((2, 2, 129, D))
     compare(flash_attention(q, k, v, scale=0, config=NAMED[config]), q, k, v, 0.0)
     return compare(flash_attention(q, k, v, scale=0.3, config=NAMED[config]), q, k, v, 0.3)
 
 
 def identical_keys(config):
     """Every probability is 1 / N and every output row the mean of v."""
-    q, k, v = make((2, 2, 129, 64))
+    q, k, v = make((2, 2, 129, D))
     k = k[:, :, :1].expand_as(k)
     return compare(flash_attention(q, k, v, config=NAMED[config]), q, k, v)
 
@@ -338,18 +351,18 @@ def identical_keys(config):
 def not_finite(config):
     for tensor, row, value in ((0, 5, float("nan")), (0, 128, float("inf")), (1, 7, float("inf")),
                                (2, 128, float("nan"))):  # fmt: skip
-        qkv = make((2, 2, 129, 64))
+        qkv = make((2, 2, 129, D))
         qkv[tensor][1, 1, row, 3] = value
         compare(flash_attention(*qkv, config=NAMED[config]), *qkv)
-    q, k, v = make((2, 2, 129, 64))
+    q, k, v = make((2, 2, 129, D))
     q[0, 0, 3] = float("nan")
     out = flash_attention(q, k, v, config=NAMED[config])
-    assert out[0, 0, 3].isnan().all() and out.isnan().sum() == 64
+    assert out[0, 0, 3].isnan().all() and out.isnan().sum() == D
     return "NaN and inf stay in the rows where SDPA has them"
 
 
 def same_bits(config):
-    q, k, v = make((2, 2, 129, 64))
+    q, k, v = make((2, 2, 129, D))
     first, second = (flash_attention(q, k, v, config=NAMED[config]) for _ in range(2))
     assert torch.equal(first, second)
     return "two runs, the same bits"
@@ -357,7 +370,7 @@ def same_bits(config):
 
 def every_element_written(config):
     """torch.empty is poisoned with NaN, so an element that nobody writes shows."""
-    q, k, v = make((2, 2, 129, 64))
+    q, k, v = make((2, 2, 129, D))
     empty, empty_like = torch.empty, torch.empty_like
     with mock.patch("torch.empty", lambda *a, **b: empty(*a, **b).fill_(float("nan"))), mock.patch(
         "torch.empty_like", lambda *a, **b: empty_like(*a, **b).fill_(float("nan"))
@@ -472,8 +485,8 @@ def cases():
         yield [(random_input, (name, (1, 2, 129, dim), "bfloat16", 300)) for dim in (16, 64, 128, 256)]
         yield [(random_input, (name, (1, 2, 129, dim), "float16", 300)) for dim in (16, 64, 128, 256)]
         yield [(random_input, (name, (1, 2, 64, dim), "float32", 150)) for dim in (16, 64, 128)]
-        yield [(random_input, (name, (2, 1, n, 64))) for n in (1, 17, 128, 129, 300)]
-        yield [(random_input, (name, (1, 3, 300, 64), "bfloat16", keys)) for keys in (1, 129, 520)]
+        yield [(random_input, (name, (2, 1, n, D))) for n in (1, 17, 128, 129, 300)]
+        yield [(random_input, (name, (1, 3, 300, D), "bfloat16", keys)) for keys in (1, 129, 520)]
     yield [(random_input, ("default", (1, 2, 100, dim), dtype)) for dim in (32, 256) for dtype in DTYPES]
     yield [(bad_input, (name,)) for name in (
         "rank", "batch", "heads", "head dim", "length of v", "mixed dtype", "dtype", "unsupported head dim",
