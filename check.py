@@ -337,7 +337,9 @@ def large_logits(config):
 
 def given_scale(config):
     q, k, v = make((2, 2, 129, D))
-    compare(flash_attention(q, k, v, scale=0, config=NAMED[config]), q, k, v, 0.0)
+    mean = flash_attention(q, k, v, scale=0, config=NAMED[config])  # cuDNN gives NaN here
+    expected = v.mean(2, keepdim=True, dtype=torch.float64).expand_as(mean)
+    torch.testing.assert_close(mean.double(), expected, atol=1e-3, rtol=1e-2)
     return compare(flash_attention(q, k, v, scale=0.3, config=NAMED[config]), q, k, v, 0.3)
 
 
@@ -371,11 +373,23 @@ def same_bits(config):
 def every_element_written(config):
     """torch.empty is poisoned with NaN, so an element that nobody writes shows."""
     q, k, v = make((2, 2, 129, D))
-    empty, empty_like = torch.empty, torch.empty_like
-    with mock.patch("torch.empty", lambda *a, **b: empty(*a, **b).fill_(float("nan"))), mock.patch(
-        "torch.empty_like", lambda *a, **b: empty_like(*a, **b).fill_(float("nan"))
+    config, poisoned = NAMED[config], []
+    flash_attention(q, k, v, config=config)  # compiled before torch.empty is another
+
+    def poison(allocate):
+        def poisoned_allocate(*args, **kwargs):
+            x = allocate(*args, **kwargs)
+            if x.dtype == q.dtype:  # scratch space for descriptors is int8
+                poisoned.append(x.fill_(float("nan")))
+            return x
+
+        return poisoned_allocate
+
+    with mock.patch("torch.empty", poison(torch.empty)), mock.patch(
+        "torch.empty_like", poison(torch.empty_like)
     ):
-        out = flash_attention(q, k, v, config=NAMED[config])
+        out = flash_attention(q, k, v, config=config)
+    assert any(x.data_ptr() == out.data_ptr() for x in poisoned), "out was not poisoned"
     return compare(out, q, k, v)
 
 
@@ -533,7 +547,7 @@ def main():
           f"torch {torch.__version__}, helion {importlib.metadata.version('helion')}", flush=True)  # fmt: skip
     groups = [[case for case in group if args.k in label(case)] for group in cases()]
     passed = failed = 0
-    workers = min(8, os.cpu_count() or 1)
+    workers = min(16, os.cpu_count() or 1)
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
         jobs = [pool.submit(run, group) for group in groups if group]

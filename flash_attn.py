@@ -157,6 +157,24 @@ def _check(q, k, v, scale):
         )
 
 
+def _relaunch():
+    """A launcher for helion's generated code that takes Triton's own path only once.
+
+    That path works out anew at every call which compiled kernel the arguments want. Here it cannot
+    change: all that it depends on is in the key under which flash_attention keeps the launcher.
+    """
+    compiled = None
+
+    def launch(kernel, grid, *args, **options):
+        nonlocal compiled
+        if compiled is None:  # it stays None in the interpreter
+            compiled = helion.runtime.default_launcher(kernel, grid, *args, **options)
+        else:
+            compiled[(*grid, 1, 1)[:3]](*args)
+
+    return launch
+
+
 def _compile(q, k, v, scale, config):
     """The compiled launcher for tensors like these: a function of q, k, v."""
     scale = q.size(-1) ** -0.5 if scale is None else scale
@@ -175,11 +193,11 @@ def _compile(q, k, v, scale, config):
         block_m, block_n = config.block_sizes
         kernel, constants = overlapped_kernel, (*constants, block_n)
         config = helion.Config(**{**config.config, "block_sizes": [block_m]})
-    launch = kernel.bind((q, k, v, *constants)).compile_config(config)
-    return lambda q, k, v: launch(q, k, v, *constants)
+    run, launcher = kernel.bind((q, k, v, *constants)).compile_config(config), _relaunch()
+    return lambda q, k, v: run(q, k, v, *constants, _launcher=launcher)
 
 
-_launchers = {}  # helion's own dispatch costs several times more host time than this lookup
+_launchers = {}  # {what a call was compiled for: function of q, k, v}
 
 
 def flash_attention(q, k, v, *, scale=None, config=None):
