@@ -136,7 +136,7 @@ def default_backend(q, k, v):
 
 
 def measure(functions):
-    """{name: (median ms, relative spread)}; None in place of it where the first call fails."""
+    """{name: (median ms, relative spread)} of those that run."""
     alive, times = {}, {}
     for name, function in functions.items():
         try:
@@ -145,10 +145,11 @@ def measure(functions):
             alive[name], times[name] = function, []
         except Exception as error:
             say(f"  {name} does not run this: {str(error).strip().splitlines()[0][:100]}")
-    for _ in range(ROUNDS):
-        for name, function in alive.items():
+    names = list(alive)
+    for i in range(ROUNDS):  # another order each round: who runs before decides at which clock
+        for name in names[i % len(names) :] + names[: i % len(names)]:
             times[name].append(
-                triton.testing.do_bench(function, warmup=WARMUP_MS, rep=REP_MS, return_mode="median")
+                triton.testing.do_bench(alive[name], warmup=WARMUP_MS, rep=REP_MS, return_mode="median")
             )
     return {
         name: (statistics.median(t), (max(t) - min(t)) / statistics.median(t)) for name, t in times.items()
