@@ -127,8 +127,9 @@ def competitors(q, k, v):
     return found
 
 
-def default_backend(q, k, v):
-    """The SDPA backend that the default dispatch takes for these tensors."""
+def default_backend(shape, dtype):
+    """The SDPA backend that the default dispatch takes; its own answer, on a batch of 1."""
+    q, k, v = (torch.empty(1, *shape[1:], device="cuda", dtype=dtype) for _ in range(3))
     return SDPBackend(torch._fused_sdp_choice(q, k, v)).name
 
 
@@ -187,7 +188,7 @@ def run_row(config, shape, dtype):
         "ms": ms,
         "spread": max(spread for name, (_, spread) in times.items() if name in ("Helion", "PyTorch")),
         "tflops": {name: check.flops(shape) / t / 1e9 for name, t in ms.items()},
-        "backend": default_backend(q, k, v),
+        "backend": default_backend(shape, dtype),
         "call": {name: call_cost(functions[name]) for name in ("Helion", "PyTorch")},
     }
 
@@ -198,6 +199,8 @@ def gpu_table(name, shapes, dtype):
     config = check.NAMED[name]
     peak = CHIPS[chip()][0] if chip() and dtype != torch.float32 else None
     results, failed = [], False
+    backends = sorted({default_backend(shape, dtype) for shape in shapes})
+    print(f"\n**PyTorch:** SDPA by its default dispatch, here {' and '.join(backends)}")
     table("Config [B, H, S, D]", "Helion (ms)", "PyTorch (ms)", "Speedup", "TFLOPS", "% of peak",
           "Published speedup (B200)", "Spread of the rounds")  # fmt: skip
     for shape in shapes:
@@ -208,7 +211,8 @@ def gpu_table(name, shapes, dtype):
         except Exception as error:
             failed = True
             reason = str(error).strip().splitlines()
-            row(bracket(shape), f"failed: {type(error).__name__}: {reason[0][:160] if reason else ''}", *[""] * 6)
+            reason = f"failed: {type(error).__name__}: {reason[0][:160] if reason else ''}"
+            row(bracket(shape), reason.replace("|", "/"), *[""] * 6)
             results.append({"shape": shape, "error": str(error)[:2000]})
             continue
         results.append(r)
@@ -218,7 +222,6 @@ def gpu_table(name, shapes, dtype):
             f"{published[shape]:.2f}x" if shape in published else "", f"{100 * r['spread']:.1f}%")  # fmt: skip
     good = [r for r in results if "error" not in r]
     if good:
-        print(f"\nPyTorch dispatched to {', '.join(sorted({r['backend'] for r in good}))}.")
         comparison(good)
     return results, failed
 
@@ -273,9 +276,9 @@ def cpu_table(name, shapes, dtype):
     """What is known of a config without a GPU. Returns (rows, whether something failed)."""
     chip_name = "H200" if name == "hopper" else "B200"
     published = {r[0]: r[1:] for r in check.PUBLISHED.get(name, [])}
-    peak, *_ = CHIPS[chip_name]
-    print(f"\nPublished times, and the floors of a {chip_name} by its datasheet: "
-          "{:.0f} dense bf16 TFLOPS, {} SMs, {} TB/s.".format(peak, CHIPS[chip_name][1], CHIPS[chip_name][3]))  # fmt: skip
+    peak, sms, _, tb = CHIPS[chip_name]
+    print(f"\nPublished times{'' if published else ' (none for this config)'}, and what the datasheet of the "
+          f"{chip_name} allows: {peak:.0f} dense bf16 TFLOPS, {sms} SMs, {tb} TB/s.")  # fmt: skip
     table("Config [B, H, S, D]", "Helion (ms)", "PyTorch (ms)", "Speedup", "TFLOPS", "% of peak",
           "Tensor cores (ms)", "Exponentials (ms)", "Memory (ms)")  # fmt: skip
     results = []
@@ -297,7 +300,7 @@ def cpu_table(name, shapes, dtype):
         if "error" in code:
             row(f"sm_{sm}", f"does not compile: {code['error'].replace('|', '/')}", *[""] * 4)
         else:
-            row(f"sm_{sm}", code["registers"], code["spilled"], code["shared"], code["ctas"], code["instruction"] or "none")
+            row(f"sm_{sm}", *(code[k] for k in ("registers", "spilled", "shared", "ctas", "instruction")))
 
     small = (1, 2, min(shapes[0][2], 256), head_dim)
     say(f"{name}: executing {bracket(small)} in the interpreter")
@@ -357,11 +360,12 @@ def main():
     found = versions()
     if not check.GPU:
         print("**There is no GPU here: nothing below is a timing of this machine.**\n")
-    print(f"**Date:** {datetime.datetime.now().isoformat(timespec='seconds')}  \n**GPU:** {gpu}  \n**Dtype:** {dtype}  ")
+    now = datetime.datetime.now().isoformat(timespec="seconds")
+    print(f"**Date:** {now}  \n**GPU:** {gpu}  \n**Dtype:** {dtype}  ")
     print("**Versions:** " + ", ".join(f"{name} {version}" for name, version in found.items()))
     if check.GPU:
         print(f"**Timing:** median of {ROUNDS} rounds of do_bench medians, L2 flushed, competitors in turn")
-    record = {"date": datetime.datetime.now().isoformat(), "gpu": gpu, "dtype": str(dtype), "versions": found,
+    record = {"date": now, "gpu": gpu, "dtype": str(dtype), "versions": found,
               "command": sys.argv, "tables": {}}  # fmt: skip
     any_failed = False
     for name in [args.config] if args.config else configs.CONFIGS:

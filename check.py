@@ -36,7 +36,7 @@ if not GPU:
 
 import configs
 import helion
-from flash_attn import LOG2E, attention_kernel, flash_attention, overlapped_kernel
+from flash_attn import HEAD_DIMS, LOG2E, attention_kernel, flash_attention, overlapped_kernel
 
 DEVICE = "cuda" if GPU else "cpu"
 D = 128 if GPU else 64  # head dim of most cases; the interpreter is slow
@@ -479,7 +479,7 @@ def cross_compile(config, sm):
 
 def default_config(sm):
     """What flash_attention takes when no config is named fits and does not spill, for each head dim."""
-    for dim, code in zip((16, 32, 64, 128, 256), compile_in_child([("best", sm, d, "bfloat16") for d in (16, 32, 64, 128, 256)])):
+    for dim, code in zip(HEAD_DIMS, compile_in_child([("best", sm, d, "bfloat16") for d in HEAD_DIMS])):
         assert "error" not in code, (dim, code["error"])
         assert code["ctas"] >= 1 and code["spilled"] == 0 and code["instruction"], (dim, code)
     return "all head dims fit, none spills"

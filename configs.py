@@ -81,8 +81,8 @@ def _pointer(block_sizes, num_warps, num_stages):
     )
 
 
-# The rest is not measured but read from machine code: for each head dim the largest tiles that fit
-# and do not spill (check.py -k default shows it again).
+# The rest is not measured but chosen by its machine code: for each head dim tiles that fit in shared
+# memory and do not spill (`python check.py -k default` compiles them again).
 # sm_100: the report's best tiles with 8 warps, which do not spill where its 4 do.
 BLACKWELL = {d: _pointer([1, 128, 128], 8, 2) for d in (16, 32, 64, 128)}
 BLACKWELL[256] = _pointer([1, 128, 32], 8, 2)
@@ -90,7 +90,8 @@ BLACKWELL[256] = _pointer([1, 128, 32], 8, 2)
 AMPERE = {d: _pointer([1, 128, 64], 4, 3) for d in (16, 32, 64)}
 AMPERE[128] = _pointer([1, 64, 32], 4, 2)
 AMPERE[256] = _pointer([1, 64, 32], 8, 2)
-# float32 has no tensor cores to feed: small tiles, so that the FMAs fit in the registers.
+# float32: three tf32 products for each and twice the bytes, so small tiles. D = 256 still spills a
+# few registers.
 FLOAT32 = {d: _pointer([1, 32, 32], 4, 2) for d in (16, 32, 64, 128)}
 FLOAT32[256] = _pointer([1, 16, 16], 4, 1)
 
