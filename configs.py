@@ -40,9 +40,9 @@ TMA_PERSISTENT = helion.Config(
 )
 
 # The report says: 128 x 128 tiles, 4 warps, flat, "standard pointer loads". It leaves open the
-# stages, where we keep the two that fit beside q in the shared memory of an SM, and the order of
-# programs. There we walk the query tiles of one head before the next head: the other order, which
-# is Helion's default, reads every K and V tile from DRAM again instead of from L2.
+# stages, where we take two, and the order of programs. There we walk the query tiles of one head
+# before the next head: in the other order, which is Helion's default, the programs of a moment
+# work on as many heads, whose K and V are more than L2 holds.
 # Machine code: wgmma on sm_90, tcgen05 on sm_100, and on both the accumulator and the scores are
 # more than 4 warps have registers for: they spill.
 TILE128 = helion.Config(
