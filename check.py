@@ -175,7 +175,7 @@ def machine_code(config, sm, head_dim=128, dtype="bfloat16"):
     """Compile one config for compute capability sm / 10; no such GPU is needed.
 
     Returns a dict: registers per thread, spilled bytes per thread, shared memory in bytes, CTAs
-    that fit on an SM, and the tensor-core instruction in the machine code (None without one).
+    that fit on an SM (0: it does not), and the tensor-core instruction in the machine code, or "none".
     Triton must not be in interpreter mode: see compile_in_child.
     """
     import triton
@@ -213,6 +213,9 @@ def machine_code(config, sm, head_dim=128, dtype="bfloat16"):
                 signature[param.name], attributes[(i,)] = f"*{short}", [["tt.divisibility", 16]]
         source = ASTSource(launched["fn"], signature, constexprs, attributes)
         compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=launched["options"])
+        tmem = getattr(compiled.metadata, "tmem_size", None) or 0
+        if tmem > 512:  # the code is empty, and a launch would raise OutOfResources
+            raise RuntimeError(f"needs {tmem} columns of tensor memory, an SM has 512")
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
         tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -228,7 +231,7 @@ def machine_code(config, sm, head_dim=128, dtype="bfloat16"):
         "spilled": spilled,
         "shared": shared,
         "ctas": min(65536 // (registers * threads), (kib << 10) // (shared + 1024), 2048 // threads),
-        "instruction": next((names[op] for op in names if re.search(rf"\b{op}\b", sass)), None),
+        "instruction": next((names[op] for op in names if re.search(rf"\b{op}\b", sass)), "none"),
     }
 
 
@@ -472,7 +475,7 @@ def cross_compile(config, sm):
     code = compile_in_child([(config, sm, 128, "bfloat16")])[0]
     assert "error" not in code, code["error"]
     instruction, spills = CLAIMS[config, sm]
-    assert str(code["instruction"]).startswith(instruction + " "), code
+    assert code["instruction"].startswith(instruction + " "), code
     assert spills is None or spills == (code["spilled"] > 0), code
     return f"{code['instruction']}, {code['registers']} registers, {code['spilled']} B spilled"
 
@@ -481,7 +484,7 @@ def default_config(sm):
     """What flash_attention takes when no config is named fits and does not spill, for each head dim."""
     for dim, code in zip(HEAD_DIMS, compile_in_child([("best", sm, d, "bfloat16") for d in HEAD_DIMS])):
         assert "error" not in code, (dim, code["error"])
-        assert code["ctas"] >= 1 and code["spilled"] == 0 and code["instruction"], (dim, code)
+        assert code["ctas"] >= 1 and code["spilled"] == 0 and code["instruction"] != "none", (dim, code)
     return "all head dims fit, none spills"
 
 
