@@ -30,7 +30,7 @@ import triton.testing
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import configs
-from flash_attn import DTYPES, HEAD_DIMS, LOG2E, attention_kernel, flash_attention, overlapped_kernel
+from flash_attn import HEAD_DIMS, LOG2E, flash_attention, select
 
 ROUNDS, WARMUP_MS, REP_MS = 5, 10, 50
 
@@ -292,7 +292,7 @@ def cpu_table(name, shapes, dtype):
         results.append({"shape": shape, "published": published.get(shape), "floors_ms": limits})
 
     say(f"{name}: compiling for sm_90 and sm_100")
-    head_dim, short = shapes[0][3], str(dtype).split(".")[1]
+    head_dim, short = shapes[0][3], str(dtype).removeprefix("torch.")
     print(f"\nMachine code for D = {head_dim}, {short}, from the compiler that Triton brings along:")
     table("Target", "Registers", "Spilled (bytes)", "Shared memory (bytes)", "CTAs per SM", "Tensor cores")
     codes = check.compile_in_child([(name, sm, head_dim, short) for sm in (90, 100)])
@@ -330,12 +330,9 @@ def shape_argument(text):
 def autotune(name, shape, dtype):
     """Run Helion's autotuner and print a Config for configs.py."""
     q, k, v = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(3))
-    qk_scale, block_sizes = shape[3] ** -0.5 * LOG2E, check.NAMED[name].block_sizes
-    if len(block_sizes) == 3:
-        config = attention_kernel.autotune((q, k, v, qk_scale))
-    else:  # the key tile is an argument of this kernel: the tuner leaves it as it is
-        config = overlapped_kernel.autotune((q, k, v, qk_scale, block_sizes[1]))
-        config.config["block_sizes"] = [*config.block_sizes, block_sizes[1]]
+    kernel, constants, _ = select(check.NAMED[name], shape[3] ** -0.5 * LOG2E)
+    config = kernel.autotune((q, k, v, *constants))
+    config.config["block_sizes"] = [*config.block_sizes, *constants[1:]]  # the key tile, untuned
     print(f"TUNED = {config!r}  # {bracket(shape)}, {dtype}, {torch.cuda.get_device_name()}")
 
 
@@ -344,12 +341,12 @@ def main():
     parser.error = lambda message: parser.exit(2, f"bench.py: {message}\n")  # one line, no usage
     parser.add_argument("--config", choices=list(check.NAMED), help="one table; default: the three published")
     parser.add_argument("--shape", type=shape_argument, action="append", metavar="B,H,S,D")
-    parser.add_argument("--dtype", choices=[str(d).split(".")[1] for d in DTYPES], default="bfloat16")
+    parser.add_argument("--dtype", choices=list(check.DTYPES), default="bfloat16")
     parser.add_argument("--json", metavar="FILE", help="also write everything that is printed, and versions")
     parser.add_argument("--autotune", type=shape_argument, metavar="B,H,S,D",
                         help="tune the kernel of --config (default tile128) for this shape, print a Config")  # fmt: skip
     args = parser.parse_args()
-    dtype = getattr(torch, args.dtype)
+    dtype = check.DTYPES[args.dtype]
     if args.autotune:
         if not check.GPU:
             parser.error("--autotune needs a GPU")

@@ -36,11 +36,12 @@ if not GPU:
 
 import configs
 import helion
-from flash_attn import HEAD_DIMS, LOG2E, attention_kernel, flash_attention, overlapped_kernel
+import flash_attn
+from flash_attn import HEAD_DIMS, LOG2E, flash_attention, select
 
 DEVICE = "cuda" if GPU else "cpu"
 D = 128 if GPU else 64  # head dim of most cases; the interpreter is slow
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in flash_attn.DTYPES}
 NAMED = {**configs.CONFIGS, "hopper": configs.HOPPER}
 
 # The published tables: shape, Helion ms, PyTorch ms, speedup, TFLOPS, as printed.
@@ -156,10 +157,9 @@ def pretend(sm):
             "torch.cuda.device_count": lambda: 1,
             "torch.cuda.current_device": lambda: 0,
             "torch.cuda.get_device_capability": lambda device=None: capability,
-            "torch.cuda.get_device_properties": lambda device=None: device_properties,
+            "torch.cuda.get_device_properties": lambda index=None: device,
             "torch.version.cuda": "13.0",
         }.items():
-            device_properties = device
             stack.enter_context(mock.patch(target, value))
         for owner, name, value in (
             (DeviceProperties, "create", lambda device: properties),
@@ -183,10 +183,7 @@ def machine_code(config, sm, head_dim=128, dtype="bfloat16"):
     from triton.compiler import ASTSource
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    kernel, constants = attention_kernel, (head_dim**-0.5 * LOG2E,)
-    if len(config.block_sizes) == 2:
-        kernel, constants = overlapped_kernel, (*constants, config.block_sizes[1])
-        config = helion.Config(**{**config.config, "block_sizes": config.block_sizes[:1]})
+    kernel, constants, config = select(config, head_dim**-0.5 * LOG2E)
     short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[dtype]
     launched = {}
 
@@ -236,7 +233,7 @@ def machine_code(config, sm, head_dim=128, dtype="bfloat16"):
 
 
 def compile_in_child(jobs):
-    """machine_code for each (config name or Config repr, sm, head dim, dtype), in a child process.
+    """machine_code for each (config name or "best", sm, head dim, dtype), in a child process.
 
     The child has the interpreter off. Returns a list of dicts; {"error": reason} where the compiler
     refused.
@@ -296,7 +293,7 @@ def make(shape, dtype="bfloat16", keys=None, seed=0):
 def random_input(config, shape, dtype="bfloat16", keys=None):
     q, k, v = make(shape, dtype, keys)
     try:
-        out = flash_attention(q, k, v, config=NAMED.get(config))
+        out = flash_attention(q, k, v, config=None if config == "default" else NAMED[config])
     except Exception as error:
         if not GPU or config == "default":
             raise
@@ -400,7 +397,6 @@ def bad_input(name):
     """Each of these must be refused, by its name, before anything is compiled."""
     q, k, v = make((2, 2, 16, 64))
     grad = q.clone().requires_grad_()
-    meta = {"TRITON_INTERPRET": "0"}
     error, argument, call = {
         "rank": (ValueError, "q", lambda: flash_attention(q[0], k, v)),
         "batch": (ValueError, "k", lambda: flash_attention(q, k[:1], v)),
@@ -418,7 +414,7 @@ def bad_input(name):
         "config": (TypeError, "config", lambda: flash_attention(q, k, v, config="tile128")),
         "cpu": (ValueError, "q", lambda: flash_attention(*(x.cpu() for x in (q, k, v)))),
     }[name]
-    with mock.patch.dict(os.environ, meta if name == "cpu" else {}), mock.patch.object(
+    with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "0"} if name == "cpu" else {}), mock.patch.object(
         helion.Kernel, "bind", side_effect=AssertionError("it was compiled")
     ):
         try:
@@ -539,8 +535,9 @@ def main():
     args = parser.parse_args()
     if args.compile:
         for name, sm, head_dim, dtype in json.loads(args.compile):
-            config = NAMED.get(name) or configs.best(divmod(sm, 10), head_dim, DTYPES[dtype])
             try:
+                best = lambda: configs.best(divmod(sm, 10), head_dim, DTYPES[dtype])
+                config = best() if name == "best" else NAMED[name]
                 code = machine_code(config, sm, head_dim, dtype)
             except Exception as error:
                 code = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"}

@@ -175,6 +175,16 @@ def _relaunch():
     return launch
 
 
+def select(config, qk_scale):
+    """What a config of configs.py stands for: the kernel, its arguments behind q, k, v, and the
+    helion.Config that it takes. The key tile of overlapped_kernel is an argument, not a tunable."""
+    if len(config.block_sizes) == 3:
+        return attention_kernel, (qk_scale,), config
+    block_m, block_n = config.block_sizes
+    config = helion.Config(**{**config.config, "block_sizes": [block_m]})
+    return overlapped_kernel, (qk_scale, block_n), config
+
+
 def _compile(q, k, v, scale, config):
     """The compiled launcher for tensors like these: a function of q, k, v."""
     scale = q.size(-1) ** -0.5 if scale is None else scale
@@ -188,11 +198,7 @@ def _compile(q, k, v, scale, config):
         twice = lambda x: x.expand(-1, -1, 2, -1) if x.size(2) == 1 else x
         launch = _compile(twice(q), twice(k), twice(v), scale, config)
         return lambda q, k, v: launch(twice(q), twice(k), twice(v))[:, :, : q.size(2)]
-    kernel, constants = attention_kernel, (scale * LOG2E,)
-    if len(config.block_sizes) == 2:  # [query, key]: the overlapped schedule
-        block_m, block_n = config.block_sizes
-        kernel, constants = overlapped_kernel, (*constants, block_n)
-        config = helion.Config(**{**config.config, "block_sizes": [block_m]})
+    kernel, constants, config = select(config, scale * LOG2E)
     run, launcher = kernel.bind((q, k, v, *constants)).compile_config(config), _relaunch()
     return lambda q, k, v: run(q, k, v, *constants, _launcher=launcher)
 
