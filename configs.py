@@ -59,19 +59,27 @@ CONFIGS = {"autotuned": AUTOTUNED, "tma_persistent": TMA_PERSISTENT, "tile128": 
 # ---- Chosen here ---------------------------------------------------------------------------------
 
 # Hopper, bf16 and fp16, measured on an H200 for D = 128. Two block sizes, [query, key]: these drive
-# `overlapped_kernel`. TMA with descriptors made on the host: made on the device, each CTA waits for
-# its own. Three stages: with two, a tile is requested only when it is needed. 8 warps: with 4 the
-# accumulator spills. The README says what else was tried.
+# `overlapped_kernel`, with the memory operations [load q, k; in the fast loop v, k; the last v; in
+# the slow loop k, v; store out]. TMA with descriptors made on the host: made on the device, each CTA
+# waits for its own. The slow loop has pointers: its descriptors would take the fast loop's uniform
+# registers. Three stages, for the fast loop alone, or shared memory overflows: with two, a tile is
+# requested only when it is needed. 8 warps: with 4 the accumulator spills.
 HOPPER = helion.Config(
     block_sizes=[128, 128],
     host_tensor_descriptors=True,
-    indexing="tensor_descriptor",
+    indexing=["tensor_descriptor"] * 5 + ["pointer"] * 2 + ["tensor_descriptor"],
     loop_orders=[[1, 0]],
-    num_stages=3,
+    num_stages=1,
     num_warps=8,
+    range_num_stages=[0, 3],
 )
-# D = 256: half the keys and two stages, or shared memory overflows.
-HOPPER_D256 = helion.Config(**{**HOPPER.config, "block_sizes": [128, 64], "num_stages": 2})
+# D = 256: half the keys and two stages, for the same reason.
+HOPPER_D256 = helion.Config(
+    **{**HOPPER.config, "block_sizes": [128, 64], "range_num_stages": [0, 2]}
+)
+# Short rows: two CTAs fit on an SM, so that one works while the other starts or ends. They load K
+# and V twice as often, which costs more than it gains from S = 2048 on.
+HOPPER_SHORT = helion.Config(**{**HOPPER.config, "block_sizes": [64, 64], "num_warps": 4})
 
 
 def _pointer(block_sizes, num_warps, num_stages):
@@ -96,16 +104,18 @@ FLOAT32 = {d: _pointer([1, 32, 32], 4, 2) for d in (16, 32, 64, 128)}
 FLOAT32[256] = _pointer([1, 16, 16], 4, 1)
 
 
-def best(capability, head_dim, dtype):
+def best(capability, head_dim, dtype, length):
     """The helion.Config to run when the caller names none.
 
     capability: (major, minor) as torch.cuda.get_device_capability gives it, or None on a CPU.
-    head_dim: 16, 32, 64, 128 or 256. dtype: the torch.dtype of q, k and v.
+    head_dim: 16, 32, 64, 128 or 256. dtype: the torch.dtype of q, k and v. length: how many keys.
     """
     if dtype == torch.float32:
         return FLOAT32[head_dim]
     if capability == (9, 0):
-        return HOPPER_D256 if head_dim == 256 else HOPPER
+        if head_dim == 256:
+            return HOPPER_D256
+        return HOPPER_SHORT if head_dim == 128 and length < 2048 else HOPPER
     if capability is not None and capability[0] == 10:
         return BLACKWELL[head_dim]
     return AMPERE[head_dim]

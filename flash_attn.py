@@ -37,6 +37,11 @@ def online_softmax(qk, m_i, l_i, qk_scale):
     return p, alpha, m_ij, l_i * alpha + torch.sum(p, -1)
 
 
+def cut_exp2(x, mask):
+    """2^x for float32 x, without the mantissa bits that mask lacks."""
+    return (torch.exp2(x).view(torch.int32) & mask).view(torch.float32)
+
+
 # "tf32x3": float32 inputs are multiplied as three tf32 products each, which keeps float32's
 # precision on tensor cores. It does not touch bf16 and fp16.
 @helion.kernel(static_shapes=True, dot_precision="tf32x3")
@@ -76,47 +81,70 @@ def overlapped_kernel(
     qk_scale: hl.constexpr,
     block_n: hl.constexpr,
 ) -> torch.Tensor:
-    """The same sum in the order that keeps Hopper's tensor cores busy; arguments as above.
+    """The same softmax with less work, in the order that keeps Hopper's tensor cores busy.
 
-    In the canonical loop everything waits for everything: q k^T, softmax, p v, again. Here an
-    iteration issues the product of the *previous* tile's p and v behind q k^T of this tile, and
-    the softmax of this tile runs while the tensor cores work on it (FlashAttention-3, section 3.2,
-    arXiv:2407.08608). So the first tile's scores come before the loop and the last p v after it.
-    block_n is a constant and the loop covers whole tiles only: no masks inside. The keys left
-    over, and fewer keys than one tile, take the canonical step at the end.
+    Less work: softmax is the same whatever number is subtracted from a row's scores; the maximum
+    only keeps 2^x in range. So the maximum of the first key tile serves for all of them: no maximum
+    and no rescaling in the loop. Scores far above it would overflow, and l_i, a sum of positive
+    numbers, tells: it ends above `limit`. Then the tile of queries is computed again by online
+    softmax, which is always right and takes about twice as long.
+    The order: an iteration issues the product of the *previous* tile's p and v behind q k^T of this
+    tile, and the exponentials of this tile run while the tensor cores work on it (FlashAttention-3,
+    section 3.2, arXiv:2407.08608). So the first scores come before the loop, the last p v after it.
+
+    Arguments as above. block_n, the key tile, is a constant and the fast loop covers whole tiles
+    only: no masks inside. The keys left over take the canonical step, too.
     """
     B, H, M, D = q.size()
     N = k.size(2)
     D = hl.specialize(D)
     n_full = N // block_n * block_n
     k_full, v_full = k.narrow(2, 0, n_full), v.narrow(2, 0, n_full)
+    # What p may reach: float16 ends at 2^16; else half of float32's exponents are left for v.
+    limit = 2.0**15 if v.dtype == torch.float16 else 2.0**64
+    # l_i has to sum what the tensor cores multiply, p in v's precision. Cut, not rounded: that is one
+    # instruction, and its bias is in acc and l_i alike.
+    mask = -(2**13) if v.dtype == torch.float16 else -(2**16) if v.dtype == torch.bfloat16 else -1
     out = torch.empty_like(q)
     for tile_b, tile_m in hl.tile([B * H, M], block_size=[1, None]):
         b, h = tile_b.begin // H, tile_b.begin % H  # scalars: 2-D tiles of any [B, H] strides
         m_i = hl.full([tile_m], float("-inf"), dtype=torch.float32)
         l_i = hl.zeros([tile_m], dtype=torch.float32)
         acc = hl.zeros([tile_m, D], dtype=torch.float32)
+        done = hl.zeros([], dtype=torch.int64)  # keys that m_i, l_i and acc cover
         q_tile = q[b, h, tile_m, :]
         if n_full > 0:
-            qk = hl.dot(q_tile, k_full[b, h, 0:block_n, :].T, out_dtype=torch.float32)
-            p, alpha, m_i, l_i = online_softmax(qk, m_i, l_i, qk_scale)
+            p = hl.zeros([tile_m, block_n], dtype=torch.float32)
+            if tile_m.begin < M:  # Always. Without it Triton keeps this k tile's shared memory until
+                # the loop ends, and that is more than there is.
+                qk = hl.dot(q_tile, k_full[b, h, 0:block_n, :].T, out_dtype=torch.float32)
+                m_i = torch.amax(qk, -1) * qk_scale
+                p = cut_exp2(qk * qk_scale - m_i[:, None], mask)
+                l_i = torch.sum(p, -1)
+            else:
+                p, m_i, l_i = p, m_i, l_i
             for tile_n in hl.tile(block_n, n_full, block_size=block_n):
                 # v is loaded before q k^T is issued: then nothing but the product itself stands
-                # between the two tensor-core phases. p stays float32 until it is used, so that it
-                # reaches the tensor cores from registers and not through shared memory.
+                # between the two tensor-core phases. p is rounded after q k^T, when the tensor
+                # cores have read the previous p from the same registers.
                 v_tile = v_full[b, h, tile_n.index + (-block_n), :]
                 qk = hl.dot(q_tile, k_full[b, h, tile_n, :].T, out_dtype=torch.float32)
                 acc = hl.dot(p.to(v.dtype), v_tile, acc=acc)
-                p, alpha, m_i, l_i = online_softmax(qk, m_i, l_i, qk_scale)
-                acc = acc * alpha[:, None]
+                p = cut_exp2(qk * qk_scale - m_i[:, None], mask)
+                l_i = l_i + torch.sum(p, -1)
             v_tile = v_full[b, h, n_full - block_n : n_full, :]
             acc = hl.dot(p.to(v.dtype), v_tile, acc=acc)
-        if n_full < N:
-            for rest in hl.tile(n_full, N, block_size=block_n):
-                qk = hl.dot(q_tile, k[b, h, rest, :].T, out_dtype=torch.float32)
-                p, alpha, m_i, l_i = online_softmax(qk, m_i, l_i, qk_scale)
-                acc = acc * alpha[:, None]
-                acc = hl.dot(p.to(v.dtype), v[b, h, rest, :], acc=acc)
+            # 1 or 0. NaN does not fit. In two steps, since for sm_100 Triton fails on a 1-D one.
+            fits = torch.amin(torch.amin(torch.where(l_i[:, None] <= limit, 1, 0), 0))
+            done = fits * n_full
+            m_i = torch.where(fits > 0, m_i, float("-inf"))
+            l_i = torch.where(fits > 0, l_i, 0.0)
+            acc = torch.where(fits > 0, acc, 0.0)
+        for rest in hl.tile(done, N, block_size=block_n):
+            qk = hl.dot(q_tile, k[b, h, rest, :].T, out_dtype=torch.float32)
+            p, alpha, m_i, l_i = online_softmax(qk, m_i, l_i, qk_scale)
+            acc = acc * alpha[:, None]
+            acc = hl.dot(p.to(v.dtype), v[b, h, rest, :], acc=acc)
         out[b, h, tile_m, :] = (acc * (1 / l_i)[:, None]).to(out.dtype)
     return out
 
@@ -175,12 +203,14 @@ def _relaunch():
     return launch
 
 
-def select(config, qk_scale):
-    """What a config of configs.py stands for: the kernel, its arguments behind q, k, v, and the
-    helion.Config that it takes. The key tile of overlapped_kernel is an argument, not a tunable."""
+def select(config, qk_scale, length):
+    """What a config of configs.py stands for with that many keys: the kernel, its arguments behind
+    q, k, v, and the helion.Config that it takes. The key tile of overlapped_kernel is an argument."""
     if len(config.block_sizes) == 3:
         return attention_kernel, (qk_scale,), config
     block_m, block_n = config.block_sizes
+    if length < block_n:  # no fast loop, so none of the settings for it
+        config = helion.Config(block_sizes=[block_m], num_warps=config.num_warps)
     config = helion.Config(**{**config.config, "block_sizes": [block_m]})
     return overlapped_kernel, (qk_scale, block_n), config
 
@@ -191,14 +221,14 @@ def _compile(q, k, v, scale, config):
     _check(q, k, v, scale)
     if config is None:
         capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
-        config = configs.best(capability, q.size(-1), q.dtype)
+        config = configs.best(capability, q.size(-1), q.dtype, k.size(2))
     if 1 in (q.size(2), k.size(2)) and len(config.block_sizes) == 3:
         # helion 1.5.1 fails on batched products with a dimension of size 1. Two equal queries give
         # two equal rows, two equal keys the same mean: repeat them, without a copy, and drop one.
         twice = lambda x: x.expand(-1, -1, 2, -1) if x.size(2) == 1 else x
         launch = _compile(twice(q), twice(k), twice(v), scale, config)
         return lambda q, k, v: launch(twice(q), twice(k), twice(v))[:, :, : q.size(2)]
-    kernel, constants, config = select(config, scale * LOG2E)
+    kernel, constants, config = select(config, scale * LOG2E, k.size(2))
     run, launcher = kernel.bind((q, k, v, *constants)).compile_config(config), _relaunch()
     return lambda q, k, v: run(q, k, v, *constants, _launcher=launcher)
 
