@@ -505,10 +505,12 @@ def cases():
     for name in NAMED:
         yield [(cross_compile, (name, sm)) for sm in (90, 100)]
     for name in NAMED:
-        yield [(case, (name,)) for case in shared]
+        some = (large_logits, rising_scores, not_finite, every_element_written)
+        yield [(case, (name,)) for case in (some if name == "hopper_short" else shared)]
         yield [(random_input, (name, (1, 2, 129, dim), "bfloat16", 300)) for dim in (16, 64, 128, 256)]
-        yield [(random_input, (name, (1, 2, 129, dim), "float16", 300)) for dim in (16, 64, 128, 256)]
-        yield [(random_input, (name, (1, 2, 64, dim), "float32", 150)) for dim in (16, 64, 128)]
+        if name != "hopper_short":  # which is hopper's kernel with other tiles
+            yield [(random_input, (name, (1, 2, 129, dim), "float16", 300)) for dim in (16, 64, 128, 256)]
+            yield [(random_input, (name, (1, 2, 64, dim), "float32", 150)) for dim in (16, 64, 128)]
         yield [(random_input, (name, (2, 1, n, D))) for n in (1, 17, 128, 129, 300)]
         yield [(random_input, (name, (1, 3, 300, D), "bfloat16", keys)) for keys in (1, 129, 520)]
     yield [(random_input, ("default", (1, 2, 100, dim), dtype)) for dim in (32, 256) for dtype in DTYPES]

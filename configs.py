@@ -73,9 +73,14 @@ HOPPER = helion.Config(
     num_warps=8,
     range_num_stages=[0, 3],
 )
-# D = 256: half the keys and two stages, for the same reason.
+# D = 256: half the keys and two stages, for the same reason; TMA everywhere, or Triton 3.7 spills.
 HOPPER_D256 = helion.Config(
-    **{**HOPPER.config, "block_sizes": [128, 64], "range_num_stages": [0, 2]}
+    **{
+        **HOPPER.config,
+        "block_sizes": [128, 64],
+        "indexing": "tensor_descriptor",
+        "range_num_stages": [0, 2],
+    }
 )
 # Short rows: two CTAs fit on an SM, so that one works while the other starts or ends. They load K
 # and V twice as often, which costs more than it gains from S = 2048 on.

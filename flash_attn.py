@@ -87,7 +87,7 @@ def overlapped_kernel(
     only keeps 2^x in range. So the maximum of the first key tile serves for all of them: no maximum
     and no rescaling in the loop. Scores far above it would overflow, and l_i, a sum of positive
     numbers, tells: it ends above `limit`. Then the tile of queries is computed again by online
-    softmax, which is always right and takes about twice as long.
+    softmax, which is always right, and the tile has taken more than twice as long.
     The order: an iteration issues the product of the *previous* tile's p and v behind q k^T of this
     tile, and the exponentials of this tile run while the tensor cores work on it (FlashAttention-3,
     section 3.2, arXiv:2407.08608). So the first scores come before the loop, the last p v after it.
@@ -115,8 +115,8 @@ def overlapped_kernel(
         q_tile = q[b, h, tile_m, :]
         if n_full > 0:
             p = hl.zeros([tile_m, block_n], dtype=torch.float32)
-            if tile_m.begin < M:  # Always. Without it Triton keeps this k tile's shared memory until
-                # the loop ends, and that is more than there is.
+            if tile_m.begin < M:  # Always. Without it Triton keeps this k tile in shared memory
+                # until the loop ends, and then it overflows.
                 qk = hl.dot(q_tile, k_full[b, h, 0:block_n, :].T, out_dtype=torch.float32)
                 m_i = torch.amax(qk, -1) * qk_scale
                 p = cut_exp2(qk * qk_scale - m_i[:, None], mask)
@@ -125,8 +125,8 @@ def overlapped_kernel(
                 p, m_i, l_i = p, m_i, l_i
             for tile_n in hl.tile(block_n, n_full, block_size=block_n):
                 # v is loaded before q k^T is issued: then nothing but the product itself stands
-                # between the two tensor-core phases. p is rounded after q k^T, when the tensor
-                # cores have read the previous p from the same registers.
+                # between the two tensor-core phases. p gets v's dtype after q k^T: by then the tensor
+                # cores have read the previous p, which Triton leaves in the same registers.
                 v_tile = v_full[b, h, tile_n.index + (-block_n), :]
                 qk = hl.dot(q_tile, k_full[b, h, tile_n, :].T, out_dtype=torch.float32)
                 acc = hl.dot(p.to(v.dtype), v_tile, acc=acc)
