@@ -298,13 +298,17 @@ def cpu_table(name, shapes, dtype):
     say(f"{name}: compiling for sm_90 and sm_100")
     head_dim, short = shapes[0][3], str(dtype).removeprefix("torch.")
     print(f"\nMachine code for D = {head_dim}, {short}, from the compiler that Triton brings along:")
-    table("Target", "Registers", "Spilled (bytes)", "Shared memory (bytes)", "CTAs per SM", "Tensor cores")
-    codes = check.compile_in_child([(name, sm, head_dim, short) for sm in (90, 100)])
-    for sm, code in zip((90, 100), codes):
+    table("Target", "Block sizes", "Registers", "Spilled (bytes)", "Shared memory (bytes)", "CTAs per SM",
+          "Tensor cores")  # fmt: skip
+    used = dict.fromkeys(config_of(name, shape, dtype) for shape in shapes if shape[3] == head_dim)
+    jobs = [(config, sm, head_dim, short) for config in used for sm in (90, 100)]
+    codes = check.compile_in_child(jobs)
+    for (config, sm, *_), code in zip(jobs, codes):
+        target = f"sm_{sm}", config.block_sizes
         if "error" in code:
-            row(f"sm_{sm}", f"does not compile: {code['error'].replace('|', '/')}", *[""] * 4)
+            row(*target, f"does not compile: {code['error'].replace('|', '/')}", *[""] * 4)
         else:
-            row(f"sm_{sm}", *(code[k] for k in ("registers", "spilled", "shared", "ctas", "instruction")))
+            row(*target, *(code[k] for k in ("registers", "spilled", "shared", "ctas", "instruction")))
 
     small = (1, 2, min(shapes[0][2], 256), head_dim)
     say(f"{name}: executing {bracket(small)} in the interpreter")

@@ -233,13 +233,13 @@ def machine_code(config, sm, head_dim=128, dtype="bfloat16"):
 
 
 def compile_in_child(jobs):
-    """machine_code for each (config name or "best", sm, head dim, dtype), in a child process.
+    """machine_code for each (helion.Config, sm, head dim, dtype), in a child process.
 
     The child has the interpreter off. Returns a list of dicts; {"error": reason} where the compiler
     refused.
     """
     child = subprocess.run(
-        [sys.executable, __file__, "--compile", json.dumps(jobs)],
+        [sys.executable, __file__, "--compile", json.dumps([(c.to_json(), *rest) for c, *rest in jobs])],
         env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True,
     )
     found = [json.loads(line[5:]) for line in child.stdout.splitlines() if line.startswith("CODE ")]
@@ -478,7 +478,7 @@ CLAIMS = {
 
 
 def cross_compile(config, sm):
-    code = compile_in_child([(config, sm, 128, "bfloat16")])[0]
+    code = compile_in_child([(NAMED[config], sm, 128, "bfloat16")])[0]
     assert "error" not in code, code["error"]
     instruction, spills = CLAIMS[config, sm]
     assert code["instruction"].startswith(instruction + " "), code
@@ -488,7 +488,8 @@ def cross_compile(config, sm):
 
 def default_config(sm):
     """What flash_attention takes when no config is named fits and does not spill, for each head dim."""
-    for dim, code in zip(HEAD_DIMS, compile_in_child([("best", sm, d, "bfloat16") for d in HEAD_DIMS])):
+    best = lambda dim: configs.best(divmod(sm, 10), dim, torch.bfloat16, 4096)
+    for dim, code in zip(HEAD_DIMS, compile_in_child([(best(d), sm, d, "bfloat16") for d in HEAD_DIMS])):
         assert "error" not in code, (dim, code["error"])
         assert code["ctas"] >= 1 and code["spilled"] == 0 and code["instruction"] != "none", (dim, code)
     return "all head dims fit, none spills"
@@ -548,11 +549,9 @@ def main():
     parser.add_argument("--compile", metavar="JSON", help=argparse.SUPPRESS)  # see compile_in_child
     args = parser.parse_args()
     if args.compile:
-        for name, sm, head_dim, dtype in json.loads(args.compile):
+        for config, sm, head_dim, dtype in json.loads(args.compile):
             try:
-                best = lambda: configs.best(divmod(sm, 10), head_dim, DTYPES[dtype], 4096)
-                config = best() if name == "best" else NAMED[name]
-                code = machine_code(config, sm, head_dim, dtype)
+                code = machine_code(helion.Config.from_json(config), sm, head_dim, dtype)
             except Exception as error:
                 code = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"}
             print("CODE", json.dumps(code), flush=True)

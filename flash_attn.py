@@ -209,10 +209,9 @@ def select(config, qk_scale, length):
     if len(config.block_sizes) == 3:
         return attention_kernel, (qk_scale,), config
     block_m, block_n = config.block_sizes
-    if length < block_n:  # no fast loop, so none of the settings for it
-        config = helion.Config(block_sizes=[block_m], num_warps=config.num_warps)
-    config = helion.Config(**{**config.config, "block_sizes": [block_m]})
-    return overlapped_kernel, (qk_scale, block_n), config
+    # Fewer keys than a tile: there is no fast loop to set anything for.
+    fields = {"num_warps": config.num_warps} if length < block_n else config.config
+    return overlapped_kernel, (qk_scale, block_n), helion.Config(**{**fields, "block_sizes": [block_m]})
 
 
 def _compile(q, k, v, scale, config):
