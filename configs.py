@@ -59,15 +59,16 @@ CONFIGS = {"autotuned": AUTOTUNED, "tma_persistent": TMA_PERSISTENT, "tile128": 
 # ---- Chosen here ---------------------------------------------------------------------------------
 
 # Hopper, bf16 and fp16, measured on an H200 for D = 128. Two block sizes, [query, key]: these drive
-# `overlapped_kernel`, with the memory operations [load q, k; in the fast loop v, k; the last v; in
-# the slow loop k, v; store out]. TMA with descriptors made on the host: made on the device, each CTA
-# waits for its own. The slow loop has pointers: its descriptors would take the fast loop's uniform
-# registers. Three stages, for the fast loop alone, or shared memory overflows: with two, a tile is
-# requested only when it is needed. 8 warps: with 4 the accumulator spills.
+# `overlapped_kernel`, with the memory operations [load eight keys, q; in the fast loop v, k; the last
+# v; in the slow loop k, v; store out]. TMA with descriptors made on the host: made on the device,
+# each CTA waits for its own. The eight keys have pointers, since a TMA load outside a loop is waited
+# for before the next one is requested. So has the slow loop: its descriptors would take the fast
+# loop's uniform registers. Three stages, for the fast loop alone, or shared memory overflows: with
+# two, a tile is requested only when it is needed. 8 warps: with 4 the accumulator spills.
 HOPPER = helion.Config(
     block_sizes=[128, 128],
     host_tensor_descriptors=True,
-    indexing=["tensor_descriptor"] * 5 + ["pointer"] * 2 + ["tensor_descriptor"],
+    indexing=["pointer"] + ["tensor_descriptor"] * 4 + ["pointer"] * 2 + ["tensor_descriptor"],
     loop_orders=[[1, 0]],
     num_stages=1,
     num_warps=8,

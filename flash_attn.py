@@ -84,13 +84,14 @@ def overlapped_kernel(
     """The same softmax with less work, in the order that keeps Hopper's tensor cores busy.
 
     Less work: softmax is the same whatever number is subtracted from a row's scores; the maximum
-    only keeps 2^x in range. So the maximum of the first key tile serves for all of them: no maximum
-    and no rescaling in the loop. Scores far above it would overflow, and l_i, a sum of positive
-    numbers, tells: it ends above `limit`. Then the tile of queries is computed again by online
-    softmax, which is always right, and the tile has taken more than twice as long.
+    only keeps 2^x in range. So the maximum of the first eight keys serves for all: no maximum and no
+    rescaling in the loop. Scores far above it would overflow, and l_i, a sum of positive numbers,
+    tells: it ends above `limit`. Scores far below it would vanish, which is what they do in softmax.
+    A tile of queries that does not fit is computed again by online softmax, which is always right,
+    and has taken more than twice as long.
     The order: an iteration issues the product of the *previous* tile's p and v behind q k^T of this
     tile, and the exponentials of this tile run while the tensor cores work on it (FlashAttention-3,
-    section 3.2, arXiv:2407.08608). So the first scores come before the loop, the last p v after it.
+    section 3.2, arXiv:2407.08608). So the first p is 0, and the last p v comes after the loop.
 
     Arguments as above. block_n, the key tile, is a constant and the fast loop covers whole tiles
     only: no masks inside. The keys left over take the canonical step, too.
@@ -112,22 +113,19 @@ def overlapped_kernel(
         l_i = hl.zeros([tile_m], dtype=torch.float32)
         acc = hl.zeros([tile_m, D], dtype=torch.float32)
         done = hl.zeros([], dtype=torch.int64)  # keys that m_i, l_i and acc cover
+        if n_full > 0:
+            k_8 = k[b, h, 0:8, :]  # requested before q, so that one wait is enough for both
         q_tile = q[b, h, tile_m, :]
         if n_full > 0:
+            m_i = torch.amax(hl.dot(q_tile, k_8.T, out_dtype=torch.float32), -1) * qk_scale
             p = hl.zeros([tile_m, block_n], dtype=torch.float32)
-            if tile_m.begin < M:  # Always. Without it Triton keeps this k tile in shared memory
-                # until the loop ends, and then it overflows.
-                qk = hl.dot(q_tile, k_full[b, h, 0:block_n, :].T, out_dtype=torch.float32)
-                m_i = torch.amax(qk, -1) * qk_scale
-                p = cut_exp2(qk * qk_scale - m_i[:, None], mask)
-                l_i = torch.sum(p, -1)
-            else:
-                p, m_i, l_i = p, m_i, l_i
-            for tile_n in hl.tile(block_n, n_full, block_size=block_n):
+            for tile_n in hl.tile(n_full, block_size=block_n):
+                # The previous tile; for the first one, which has none, itself, times the p of 0.
+                back = (tile_n.begin + n_full - block_n) // n_full * -block_n
                 # v is loaded before q k^T is issued: then nothing but the product itself stands
                 # between the two tensor-core phases. p gets v's dtype after q k^T: by then the tensor
                 # cores have read the previous p, which Triton leaves in the same registers.
-                v_tile = v_full[b, h, tile_n.index + (-block_n), :]
+                v_tile = v_full[b, h, tile_n.index + back, :]
                 qk = hl.dot(q_tile, k_full[b, h, tile_n, :].T, out_dtype=torch.float32)
                 acc = hl.dot(p.to(v.dtype), v_tile, acc=acc)
                 p = cut_exp2(qk * qk_scale - m_i[:, None], mask)
