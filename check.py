@@ -336,7 +336,7 @@ def large_logits(config):
 
 
 def rising_scores(config):
-    """Later keys beat the first tile by more than 2^x can hold, in one head: the fast loop overflows."""
+    """Later keys beat the first ones by more than 2^x can hold, in one head: the fast loop overflows."""
     q, k, v = make((2, 2, 129, D), keys=300)
     k[1, 0, 200:240] *= 60
     scores = q.double() @ k.double().mT * D**-0.5
