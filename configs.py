@@ -84,7 +84,7 @@ HOPPER_D256 = helion.Config(
     }
 )
 # Short rows: two CTAs fit on an SM, so that one works while the other starts or ends. They load K
-# and V twice as often, which costs more than it gains from S = 2048 on.
+# and V twice as often, which at S = 2048 costs what it gains.
 HOPPER_SHORT = helion.Config(**{**HOPPER.config, "block_sizes": [64, 64], "num_warps": 4})
 
 

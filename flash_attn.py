@@ -114,7 +114,7 @@ def overlapped_kernel(
         acc = hl.zeros([tile_m, D], dtype=torch.float32)
         done = hl.zeros([], dtype=torch.int64)  # keys that m_i, l_i and acc cover
         if n_full > 0:
-            k_8 = k[b, h, 0:8, :]  # requested before q, so that one wait is enough for both
+            k_8 = k[b, h, 0:8, :]  # before q, whose wait then covers both
         q_tile = q[b, h, tile_m, :]
         if n_full > 0:
             m_i = torch.amax(hl.dot(q_tile, k_8.T, out_dtype=torch.float32), -1) * qk_scale
