@@ -37,12 +37,12 @@ if not GPU:
 import configs
 import helion
 import flash_attn
-from flash_attn import HEAD_DIMS, LOG2E, flash_attention, select
+from flash_attn import HEAD_DIMS, LOG2E, bind, flash_attention, select, tensors_of
 
 DEVICE = "cuda" if GPU else "cpu"
 D = 128 if GPU else 64  # head dim of most cases; the interpreter is slow
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in flash_attn.DTYPES}
-NAMED = {**configs.CONFIGS, "hopper": configs.HOPPER, "hopper_short": configs.HOPPER_SHORT}
+NAMED = {**configs.CONFIGS, "hopper": configs.HOPPER, "hopper_online": configs.HOPPER_ONLINE}
 
 # The published tables: shape, Helion ms, PyTorch ms, speedup, TFLOPS, as printed.
 PUBLISHED = {
@@ -183,8 +183,8 @@ def machine_code(config, sm, head_dim=128, dtype="bfloat16"):
     from triton.compiler import ASTSource
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    kernel, constants, config = select(config, head_dim**-0.5 * LOG2E, 4096)
-    short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[dtype]
+    kernel, constants, config = select(config, head_dim**-0.5 * LOG2E)
+    shorts = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
     launched = {}
 
     def launcher(fn, grid, *args, num_warps, num_stages, **options):
@@ -193,21 +193,23 @@ def machine_code(config, sm, head_dim=128, dtype="bfloat16"):
 
     with tempfile.TemporaryDirectory() as folder:
         with pretend(sm):
-            qkv = [torch.empty(16, 64, 4096, head_dim, dtype=DTYPES[dtype], device="cuda") for _ in "qkv"]
+            qkv = (torch.empty(16, 64, 4096, head_dim, dtype=DTYPES[dtype], device="cuda") for _ in "qkv")
+            tensors = tensors_of(kernel, *qkv)
             source = Path(folder, "generated.py")
-            source.write_text(kernel.bind((*qkv, *constants)).to_triton_code(config))
+            source.write_text(bind(kernel, (*tensors, *constants)).to_triton_code(config))
             spec = importlib.util.spec_from_file_location("generated", source)
             generated = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(generated)
-            getattr(generated, kernel.name)(*qkv, *constants, _launcher=launcher)
+            getattr(generated, kernel.name)(*tensors, *constants, _launcher=launcher)
         signature, constexprs, attributes = {}, {}, {}
         for i, (param, arg) in enumerate(zip(launched["fn"].params, launched["args"])):
             if param.is_constexpr:
                 signature[param.name], constexprs[param.name] = "constexpr", arg
             elif isinstance(arg, TensorDescriptor):
-                signature[param.name] = f"tensordesc<{short}{list(arg.block_shape)}>".replace(" ", "")
+                block = str(list(arg.block_shape)).replace(" ", "")
+                signature[param.name] = f"tensordesc<{shorts[arg.base.dtype]}{block}>"
             else:
-                signature[param.name], attributes[(i,)] = f"*{short}", [["tt.divisibility", 16]]
+                signature[param.name], attributes[(i,)] = f"*{shorts[arg.dtype]}", [["tt.divisibility", 16]]
         source = ASTSource(launched["fn"], signature, constexprs, attributes)
         compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=launched["options"])
         tmem = getattr(compiled.metadata, "tmem_size", None) or 0
@@ -336,12 +338,30 @@ def large_logits(config):
 
 
 def rising_scores(config):
-    """Later keys beat the first ones by more than 2^x can hold, in one head: the fast loop overflows."""
+    """Later keys beat the first ones by more than 2^x can hold, in one head."""
     q, k, v = make((2, 2, 129, D), keys=300)
     k[1, 0, 200:240] *= 60
     scores = q.double() @ k.double().mT * D**-0.5
     assert (scores[1, 0].amax(-1) - scores[1, 0, :, :128].amax(-1)).min() > 45
     return compare(flash_attention(q, k, v, config=NAMED[config]), q, k, v)
+
+
+def low_scores(config):
+    """exp of every score of one head is 0 in float32: only their differences count."""
+    q, k, v = make((2, 2, 129, D))
+    q[0, 1, :, 0] += 40
+    k[0, 1, :, 0] -= 40
+    assert (q[0, 1].double() @ k[0, 1].double().mT * D**-0.5).max() < -104
+    return compare(flash_attention(q, k, v, config=NAMED[config]), q, k, v)
+
+
+def huge_values(config):
+    """The sum of exp(score) * v overflows float32, their mean does not."""
+    q, k, v = make((2, 2, 129, D))
+    v = v.abs() * 3e36
+    out, expected = flash_attention(q, k, v, config=NAMED[config]).double(), reference(q, k, v)
+    torch.testing.assert_close(out, expected, rtol=2e-2, atol=0)
+    return f"relative error {((out - expected) / expected).abs().max():.2e} <= bound 2.00e-02"
 
 
 def given_scale(config):
@@ -374,9 +394,10 @@ def not_finite(config):
 
 def same_bits(config):
     q, k, v = make((2, 2, 129, D))
-    first, second = (flash_attention(q, k, v, config=NAMED[config]) for _ in range(2))
-    assert torch.equal(first, second)
-    return "two runs, the same bits"
+    first, runs = flash_attention(q, k, v, config=NAMED[config]), 500 if GPU else 2
+    for _ in range(runs):
+        assert torch.equal(flash_attention(q, k, v, config=NAMED[config]), first)
+    return f"{runs} runs, the same bits"
 
 
 def every_element_written(config):
@@ -421,6 +442,7 @@ def bad_input(name):
         "not a tensor": (TypeError, "v", lambda: flash_attention(q, k, [1.0])),
         "scale": (ValueError, "scale", lambda: flash_attention(q, k, v, scale=float("nan"))),
         "config": (TypeError, "config", lambda: flash_attention(q, k, v, config="tile128")),
+        "config's dtype": (ValueError, "config", lambda: flash_attention(*(x.float() for x in (q, k, v)), config=configs.HOPPER)),
         "cpu": (ValueError, "q", lambda: flash_attention(*(x.cpu() for x in (q, k, v)))),
     }[name]
     with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "0"} if name == "cpu" else {}), mock.patch.object(
@@ -466,23 +488,22 @@ def report_arithmetic(config):
     return f"{len(PUBLISHED[config])} rows"
 
 
-# What the README says of the machine code: tensor-core instruction on sm_90 and sm_100, and
-# whether the config spills (None: not claimed).
+# What the README says of the machine code: tensor-core instruction, and the most and the least bytes
+# that the config may spill. hopper keeps six addresses there, two of them used in the loop.
 CLAIMS = {
-    ("autotuned", 90): ("mma", None), ("autotuned", 100): ("mma", None),
-    ("tma_persistent", 90): ("mma", None), ("tma_persistent", 100): ("mma", None),
-    ("tile128", 90): ("wgmma", True), ("tile128", 100): ("tcgen05", True),
-    ("hopper", 90): ("wgmma", False), ("hopper", 100): ("tcgen05", None),
-    ("hopper_short", 90): ("wgmma", False), ("hopper_short", 100): ("tcgen05", None),
+    ("autotuned", 90): ("mma", 0, 9999), ("autotuned", 100): ("mma", 0, 9999),
+    ("tma_persistent", 90): ("mma", 0, 9999), ("tma_persistent", 100): ("mma", 0, 9999),
+    ("tile128", 90): ("wgmma", 1, 9999), ("tile128", 100): ("tcgen05", 1, 9999),
+    ("hopper", 90): ("wgmma", 0, 32), ("hopper_online", 90): ("wgmma", 0, 0),
 }  # fmt: skip
 
 
 def cross_compile(config, sm):
     code = compile_in_child([(NAMED[config], sm, 128, "bfloat16")])[0]
     assert "error" not in code, code["error"]
-    instruction, spills = CLAIMS[config, sm]
+    instruction, least, most = CLAIMS[config, sm]
     assert code["instruction"].startswith(instruction + " "), code
-    assert spills is None or spills == (code["spilled"] > 0), code
+    assert least <= code["spilled"] <= most, code
     return f"{code['instruction']}, {code['registers']} registers, {code['spilled']} B spilled"
 
 
@@ -491,39 +512,39 @@ def default_config(sm):
     best = lambda dim: configs.best(divmod(sm, 10), dim, torch.bfloat16, 4096)
     for dim, code in zip(HEAD_DIMS, compile_in_child([(best(d), sm, d, "bfloat16") for d in HEAD_DIMS])):
         assert "error" not in code, (dim, code["error"])
-        assert code["ctas"] >= 1 and code["spilled"] == 0 and code["instruction"] != "none", (dim, code)
-    return "all head dims fit, none spills"
+        most = CLAIMS["hopper", 90][2] if best(dim) == configs.HOPPER else 0
+        assert code["ctas"] >= 1 and code["spilled"] <= most and code["instruction"] != "none", (dim, code)
+    return "all head dims fit, none spills in earnest"
 
 
 def cases():
     """[(function, arguments)], grouped so that one worker process compiles a group's kernel once."""
-    shared = (strided, large_logits, rising_scores, given_scale, identical_keys, not_finite, same_bits,
-              every_element_written)  # fmt: skip
+    shared = (strided, large_logits, rising_scores, low_scores, huge_values, given_scale, identical_keys,
+              not_finite, same_bits, every_element_written)  # fmt: skip
     # The slow ones first, so that no worker is left alone with them. sm_86 has the instructions of
     # sm_80 and the shared memory of sm_89.
     for sm in (80, 89, 90, 100, 120):
         yield [(default_config, (sm,))]
+    for key in CLAIMS:
+        yield [(cross_compile, key)]
     for name in NAMED:
-        yield [(cross_compile, (name, sm)) for sm in (90, 100)]
-    for name in NAMED:
-        some = (large_logits, rising_scores, not_finite, every_element_written)
-        yield [(case, (name,)) for case in (some if name == "hopper_short" else shared)]
-        yield [(random_input, (name, (1, 2, 129, dim), "bfloat16", 300)) for dim in (16, 64, 128, 256)]
-        if name != "hopper_short":  # which is hopper's kernel with other tiles
-            yield [(random_input, (name, (1, 2, 129, dim), "float16", 300)) for dim in (16, 64, 128, 256)]
-            yield [(random_input, (name, (1, 2, 64, dim), "float32", 150)) for dim in (16, 64, 128)]
+        yield [(case, (name,)) for case in shared]
+        warps = name == "hopper"  # which takes no float32 and no D = 256
+        dims = (16, 64, 128) if warps else (16, 64, 128, 256)
+        for dtype in ("bfloat16", "float16"):
+            yield [(random_input, (name, (1, 2, 129, dim), dtype, 300)) for dim in dims]
+        yield [(random_input, (name, (1, 2, 64, dim), "float32", 150)) for dim in (16, 64, 128) if not warps]
         yield [(random_input, (name, (2, 1, n, D))) for n in (1, 17, 128, 129, 300)]
         yield [(random_input, (name, (1, 3, 300, D), "bfloat16", keys)) for keys in (1, 129, 520)]
     yield [(random_input, ("default", (1, 2, 100, dim), dtype)) for dim in (32, 256) for dtype in DTYPES]
     yield [(bad_input, (name,)) for name in (
         "rank", "batch", "heads", "head dim", "length of v", "mixed dtype", "dtype", "unsupported head dim",
-        "device", "empty", "requires grad", "not a tensor", "scale", "config", "cpu")]  # fmt: skip
+        "device", "empty", "requires grad", "not a tensor", "scale", "config", "config's dtype", "cpu")]  # fmt: skip
     yield [(copied_files, ())] + [(report_arithmetic, (name,)) for name in PUBLISHED]
     if GPU:
         for name in PUBLISHED:
             yield [(report_shape, (name, row[0])) for row in PUBLISHED[name]]
-        for name in ("hopper", "hopper_short"):
-            yield [(report_shape, (name, row[0])) for row in PUBLISHED["tile128"]]
+        yield [(report_shape, ("hopper", row[0])) for row in PUBLISHED["tile128"]]
 
 
 def label(case):

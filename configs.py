@@ -58,34 +58,29 @@ CONFIGS = {"autotuned": AUTOTUNED, "tma_persistent": TMA_PERSISTENT, "tile128": 
 
 # ---- Chosen here ---------------------------------------------------------------------------------
 
-# Hopper, bf16 and fp16, measured on an H200 for D = 128. Two block sizes, [query, key]: these drive
-# `overlapped_kernel`, with the memory operations [load eight keys, q; in the fast loop v, k; the last
-# v; in the slow loop k, v; store out]. TMA with descriptors made on the host: made on the device,
-# each CTA waits for its own. The eight keys have pointers, since a TMA load outside a loop is waited
-# for before the next one is requested. So has the slow loop: its descriptors would take the fast
-# loop's uniform registers. Three stages, for the fast loop alone, or shared memory overflows: with
-# two, a tile is requested only when it is needed. 8 warps: with 4 the accumulator spills.
+# Hopper, bf16 and fp16, D up to 128, measured on an H200 for D = 128. Two block sizes, [query, key],
+# and warp specialisation: this drives `hopper_kernel`, with the memory operations [load v, k; the
+# last v; store todo, out]. One warpgroup loads, two compute 64 of the 128 rows each; maxnreg is what
+# 12 warps may have at most, of which Triton moves registers from the loading to the others. One
+# program per SM walks over the query tiles of one head, then of the next, so that what it loads for
+# a tile is requested while the one before is still computed. Two stages of K and V, but one of q and
+# of the last V, fill shared memory. TMA with descriptors made on the host, which cost the GPU nothing.
 HOPPER = helion.Config(
     block_sizes=[128, 128],
     host_tensor_descriptors=True,
-    indexing=["pointer"] + ["tensor_descriptor"] * 4 + ["pointer"] * 2 + ["tensor_descriptor"],
+    indexing=["tensor_descriptor"] * 3 + ["pointer"] * 2,
     loop_orders=[[1, 0]],
-    num_stages=1,
-    num_warps=8,
-    range_num_stages=[0, 3],
+    maxnreg=168,
+    num_stages=2,  # Triton 3.7 does not specialise with fewer
+    num_warps=4,
+    pid_type="persistent_interleaved",
+    range_num_stages=[1, 2],
+    range_warp_specializes=[None, True],
 )
-# D = 256: half the keys and two stages, for the same reason; TMA everywhere, or Triton 3.7 spills.
-HOPPER_D256 = helion.Config(
-    **{
-        **HOPPER.config,
-        "block_sizes": [128, 64],
-        "indexing": "tensor_descriptor",
-        "range_num_stages": [0, 2],
-    }
-)
-# Short rows: two CTAs fit on an SM, so that one works while the other starts or ends. They load K
-# and V twice as often, which at S = 2048 costs what it gains.
-HOPPER_SHORT = helion.Config(**{**HOPPER.config, "block_sizes": [64, 64], "num_warps": 4})
+# Two block sizes without: `online_kernel`, for the rows that HOPPER leaves to do, for fewer keys than
+# two tiles, and for D = 256, where the accumulator leaves registers for half the keys.
+HOPPER_ONLINE = helion.Config(block_sizes=[128, 128], loop_orders=[[1, 0]], num_stages=2, num_warps=8)
+HOPPER_D256 = helion.Config(**{**HOPPER_ONLINE.config, "block_sizes": [128, 64]})
 
 
 def _pointer(block_sizes, num_warps, num_stages):
@@ -121,7 +116,7 @@ def best(capability, head_dim, dtype, length):
     if capability == (9, 0):
         if head_dim == 256:
             return HOPPER_D256
-        return HOPPER_SHORT if head_dim == 128 and length < 2048 else HOPPER
+        return HOPPER if length > 128 else HOPPER_ONLINE
     if capability is not None and capability[0] == 10:
         return BLACKWELL[head_dim]
     return AMPERE[head_dim]

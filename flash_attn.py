@@ -17,10 +17,12 @@ import torch
 import configs  # first: it makes helion importable on older torch
 import helion
 import helion.language as hl
+from helion.language import loops
 
 LOG2E = 1.4426950408889634  # log2(e): exp(x) = 2^(x log2(e))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (16, 32, 64, 128, 256)
+REDO_ROWS = 512  # how many rows of hopper_kernel one program of online_kernel looks after
 
 
 def online_softmax(qk, m_i, l_i, qk_scale):
@@ -35,11 +37,6 @@ def online_softmax(qk, m_i, l_i, qk_scale):
     p = torch.exp2(qk * qk_scale - m_ij.unsqueeze(-1))
     alpha = torch.exp2(m_i - m_ij)
     return p, alpha, m_ij, l_i * alpha + torch.sum(p, -1)
-
-
-def cut_exp2(x, mask):
-    """2^x for float32 x, without the mantissa bits that mask lacks."""
-    return (torch.exp2(x).view(torch.int32) & mask).view(torch.float32)
 
 
 # "tf32x3": float32 inputs are multiplied as three tf32 products each, which keeps float32's
@@ -71,79 +68,110 @@ def attention_kernel(
     return out.view(B, H, M, D)
 
 
-@helion.kernel(
-    static_shapes=True, dot_precision="tf32x3", ignore_warnings=[helion.exc.TensorOperationInWrapper]
-)
-def overlapped_kernel(
+# The warnings would be about q.reshape, which only the wrapper of the kernel runs.
+@helion.kernel(static_shapes=True, ignore_warnings=[helion.exc.TensorOperationInWrapper])
+def hopper_kernel(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     qk_scale: hl.constexpr,
     block_n: hl.constexpr,
-) -> torch.Tensor:
-    """The same softmax with less work, in the order that keeps Hopper's tensor cores busy.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax without its maximum, in the order that keeps Hopper's tensor cores busy.
 
-    Less work: softmax is the same whatever number is subtracted from a row's scores; the maximum
-    only keeps 2^x in range. So the maximum of the first eight keys serves for all: no maximum and no
-    rescaling in the loop. Scores far above it would overflow, and l_i, a sum of positive numbers,
-    tells: it ends above `limit`. Scores far below it would vanish, which is what they do in softmax.
-    A tile of queries that does not fit is computed again by online softmax, which is always right,
-    and has taken more than twice as long.
+    Without the maximum: softmax is the same whatever number is subtracted from a row's scores; the
+    maximum only keeps 2^x in range. Here 0 is subtracted, so that the loop has no maximum to find
+    and nothing to rescale, and a row whose numbers left their range is marked in `todo`.
     The order: an iteration issues the product of the *previous* tile's p and v behind q k^T of this
     tile, and the exponentials of this tile run while the tensor cores work on it (FlashAttention-3,
     section 3.2, arXiv:2407.08608). So the first p is 0, and the last p v comes after the loop.
+    The warps (section 3.1): `range_warp_specializes` in the Config makes Triton give one warpgroup
+    the loads, and each of two others half of the rows. Neither waits for the other, so q k^T of one
+    runs under the exponentials of the other.
 
-    Arguments as above. block_n, the key tile, is a constant and the fast loop covers whole tiles
-    only: no masks inside. The keys left over take the canonical step, too.
+    q: [B, H, M, D]; k, v: [B, H, N, D] for TMA (see _for_tma), bfloat16 or float16, D up to 128.
+    block_n: the key tile. Returns out: [B, H, M, D] and todo: [B, H, M] int32, 1 for a row to redo.
     """
     B, H, M, D = q.size()
     N = k.size(2)
     D = hl.specialize(D)
-    n_full = N // block_n * block_n
-    k_full, v_full = k.narrow(2, 0, n_full), v.narrow(2, 0, n_full)
-    # What p may reach: float16 ends at 2^16; else half of float32's exponents are left for v.
-    limit = 2.0**15 if v.dtype == torch.float16 else 2.0**64
-    # l_i has to sum what the tensor cores multiply, p in v's precision. Cut, not rounded: that is one
-    # instruction, and its bias is in acc and l_i alike.
-    mask = -(2**13) if v.dtype == torch.float16 else -(2**16) if v.dtype == torch.bfloat16 else -1
-    out = torch.empty_like(q)
+    q_rows = q.reshape(B * H * M, D)
+    # l_i has to sum what the tensor cores multiply, p in v's precision: a row of one key would not get
+    # exactly its v. Cut, not rounded: that is one instruction, and its bias is in acc and l_i alike.
+    mask = -(2**13) if v.dtype == torch.float16 else -(2**16)
+    # Below that row sum p may have lost bits: float16 has few exponents, bfloat16 as many as float32.
+    low = 1.0 if v.dtype == torch.float16 else 2.0**-100
+    out = torch.empty([B, H, M, D], dtype=q.dtype, device=q.device)
+    todo = torch.empty([B, H, M], dtype=torch.int32, device=q.device)
     for tile_b, tile_m in hl.tile([B * H, M], block_size=[1, None]):
         b, h = tile_b.begin // H, tile_b.begin % H  # scalars: 2-D tiles of any [B, H] strides
-        m_i = hl.full([tile_m], float("-inf"), dtype=torch.float32)
         l_i = hl.zeros([tile_m], dtype=torch.float32)
         acc = hl.zeros([tile_m, D], dtype=torch.float32)
-        done = hl.zeros([], dtype=torch.int64)  # keys that m_i, l_i and acc cover
-        if n_full > 0:
-            k_8 = k[b, h, 0:8, :]  # before q, whose wait then covers both
-        q_tile = q[b, h, tile_m, :]
-        if n_full > 0:
-            m_i = torch.amax(hl.dot(q_tile, k_8.T, out_dtype=torch.float32), -1) * qk_scale
-            p = hl.zeros([tile_m, block_n], dtype=torch.float32)
-            for tile_n in hl.tile(n_full, block_size=block_n):
-                # The previous tile; for the first one, which has none, itself, times the p of 0.
-                back = (tile_n.begin + n_full - block_n) // n_full * -block_n
-                # v is loaded before q k^T is issued: then nothing but the product itself stands
-                # between the two tensor-core phases. p gets v's dtype after q k^T: by then the tensor
-                # cores have read the previous p, which Triton leaves in the same registers.
-                v_tile = v_full[b, h, tile_n.index + back, :]
-                qk = hl.dot(q_tile, k_full[b, h, tile_n, :].T, out_dtype=torch.float32)
-                acc = hl.dot(p.to(v.dtype), v_tile, acc=acc)
-                p = cut_exp2(qk * qk_scale - m_i[:, None], mask)
-                l_i = l_i + torch.sum(p, -1)
-            v_tile = v_full[b, h, n_full - block_n : n_full, :]
+        p = hl.zeros([tile_m, block_n], dtype=torch.float32)
+        # Each warpgroup loads its own half of q, and Triton halves the descriptor with the tile only
+        # if the kernel made it. Helion makes all of them here or none: hence this one by hand. Rows
+        # beyond M belong to the next head; what comes of them is not stored.
+        q_tile = hl.inline_triton(
+            "tl.make_tensor_descriptor({0}, [{1}, {2}], [{2}, 1], [{3}, {2}]).load([{4}, 0])",
+            args=(q_rows, B * H * M, D, tile_m.block_size, tile_b.begin * M + tile_m.begin),
+            output_like=hl.zeros([tile_m, D], dtype=q.dtype),
+        )
+        for tile_n in hl.tile(N, block_size=block_n):
+            # The previous tile; for the first one, which has none, itself, times the p of 0.
+            back = (tile_n.begin + N - 1) // N * -block_n
+            v_tile = v[b, h, tile_n.index + back, :]
+            qk = hl.dot(q_tile, k[b, h, tile_n, :].T, out_dtype=torch.float32)
             acc = hl.dot(p.to(v.dtype), v_tile, acc=acc)
-            # 1 or 0. NaN does not fit. In two steps, since for sm_100 Triton fails on a 1-D one.
-            fits = torch.amin(torch.amin(torch.where(l_i[:, None] <= limit, 1, 0), 0))
-            done = fits * n_full
-            m_i = torch.where(fits > 0, m_i, float("-inf"))
-            l_i = torch.where(fits > 0, l_i, 0.0)
-            acc = torch.where(fits > 0, acc, 0.0)
-        for rest in hl.tile(done, N, block_size=block_n):
-            qk = hl.dot(q_tile, k[b, h, rest, :].T, out_dtype=torch.float32)
-            p, alpha, m_i, l_i = online_softmax(qk, m_i, l_i, qk_scale)
-            acc = acc * alpha[:, None]
-            acc = hl.dot(p.to(v.dtype), v[b, h, rest, :], acc=acc)
+            x = qk * qk_scale
+            if N % block_n != 0:
+                x = torch.where((tile_n.index < N)[None, :], x, float("-inf"))
+            # torch.exp2 is a library call to Triton, which its warp specialisation does not take.
+            p = hl.inline_triton("tl.exp2({0})", args=(x,), output_like=x)
+            p = (p.view(torch.int32) & mask).view(torch.float32)
+            l_i = l_i + torch.sum(p, -1)
+        for tile_n in hl.tile((N - 1) // block_n * block_n, N, block_size=block_n):
+            acc = hl.dot(p.to(v.dtype), v[b, h, tile_n, :], acc=acc)
+        top = torch.amax(torch.abs(acc), -1)  # NaN if one is NaN
+        fits = (l_i >= low) & (l_i < float("inf")) & (top < float("inf"))
+        todo[b, h, tile_m] = torch.where(fits, 0, 1)
         out[b, h, tile_m, :] = (acc * (1 / l_i)[:, None]).to(out.dtype)
+    return out, todo
+
+
+@helion.kernel(static_shapes=True, dot_precision="tf32x3")
+def online_kernel(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    todo: torch.Tensor,
+    qk_scale: hl.constexpr,
+    block_n: hl.constexpr,
+    group: hl.constexpr,
+) -> torch.Tensor:
+    """The canonical loop on 2-D tiles of any strides, for those rows of out that are still to do.
+
+    todo: [B, H, M] int32. Where a group of `group` rows has none but zeros nothing is done.
+    """
+    B, H, M, D = q.size()
+    N = k.size(2)
+    D = hl.specialize(D)
+    for tile_b, tile_g in hl.tile([B * H, M], block_size=[1, group]):
+        b, h = tile_b.begin // H, tile_b.begin % H
+        end = tile_g.begin + torch.amax(todo[b, h, tile_g]) * (tile_g.end - tile_g.begin)
+        for tile_m in hl.tile(tile_g.begin, end):
+            m_i = hl.full([tile_m], float("-inf"), dtype=torch.float32)
+            l_i = hl.zeros([tile_m], dtype=torch.float32)
+            acc = hl.zeros([tile_m, D], dtype=torch.float32)
+            q_tile = q[b, h, tile_m, :]
+            for tile_n in hl.tile(N, block_size=block_n):
+                qk = hl.dot(q_tile, k[b, h, tile_n, :].T, out_dtype=torch.float32)
+                if N % block_n != 0:  # a score of 0 where no key is could be far above the others
+                    qk = torch.where((tile_n.index < N)[None, :], qk, float("-inf"))
+                p, alpha, m_i, l_i = online_softmax(qk, m_i, l_i, qk_scale)
+                acc = acc * alpha[:, None]
+                acc = hl.dot(p.to(v.dtype), v[b, h, tile_n, :], acc=acc)
+            out[b, h, tile_m, :] = (acc * (1 / l_i)[:, None]).to(out.dtype)
     return out
 
 
@@ -201,15 +229,49 @@ def _relaunch():
     return launch
 
 
-def select(config, qk_scale, length):
-    """What a config of configs.py stands for with that many keys: the kernel, its arguments behind
-    q, k, v, and the helion.Config that it takes. The key tile of overlapped_kernel is an argument."""
+def select(config, qk_scale):
+    """What a config of configs.py stands for: the kernel, its arguments behind the tensors, and the
+    helion.Config that it takes. The key tile of the 2-D kernels is an argument."""
     if len(config.block_sizes) == 3:
         return attention_kernel, (qk_scale,), config
     block_m, block_n = config.block_sizes
-    # Fewer keys than a tile: there is no fast loop to set anything for.
-    fields = {"num_warps": config.num_warps} if length < block_n else config.config
-    return overlapped_kernel, (qk_scale, block_n), helion.Config(**{**fields, "block_sizes": [block_m]})
+    config_m = helion.Config(**{**config.config, "block_sizes": [block_m]})
+    if any(config.range_warp_specializes):
+        return hopper_kernel, (qk_scale, block_n), config_m
+    return online_kernel, (qk_scale, block_n, block_m), config_m
+
+
+def tensors_of(kernel, q, k, v):
+    """The tensors that a kernel takes: with out, of which everything is to do, if it does not make it."""
+    if kernel is not online_kernel:
+        return q, k, v
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return q, k, v, out, torch.ones(q.shape[:3], dtype=torch.int32, device=q.device)
+
+
+def bind(kernel, arguments):
+    """kernel.bind, where hopper_kernel may be warp-specialised: Helion 1.5.1 offers that on sm_100
+    and up only, though Triton does it for sm_90, too."""
+    offered = loops._supports_warp_specialize
+    if kernel is hopper_kernel:
+        loops._supports_warp_specialize = lambda: True
+    try:
+        return kernel.bind(arguments)
+    finally:
+        loops._supports_warp_specialize = offered
+
+
+def _prepare(kernel, tensors, constants, config):
+    """The compiled kernel as a function of tensors like these."""
+    run, launcher = bind(kernel, (*tensors, *constants)).compile_config(config), _relaunch()
+    return lambda *tensors: run(*tensors, *constants, _launcher=launcher)
+
+
+def _for_tma(x):
+    """x, or a copy of it if TMA cannot read it: rows contiguous, each at a multiple of 16 bytes."""
+    starts = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:3]))
+    fine = x.stride(3) == 1 and min(starts) > 0 and not any(start % 16 for start in starts)
+    return x if fine else x.clone(memory_format=torch.contiguous_format)
 
 
 def _compile(q, k, v, scale, config):
@@ -225,9 +287,26 @@ def _compile(q, k, v, scale, config):
         twice = lambda x: x.expand(-1, -1, 2, -1) if x.size(2) == 1 else x
         launch = _compile(twice(q), twice(k), twice(v), scale, config)
         return lambda q, k, v: launch(twice(q), twice(k), twice(v))[:, :, : q.size(2)]
-    kernel, constants, config = select(config, scale * LOG2E, k.size(2))
-    run, launcher = kernel.bind((q, k, v, *constants)).compile_config(config), _relaunch()
-    return lambda q, k, v: run(q, k, v, *constants, _launcher=launcher)
+    kernel, constants, config = select(config, scale * LOG2E)
+    if kernel is not hopper_kernel:
+        run = _prepare(kernel, tensors_of(kernel, q, k, v), constants, config)
+        return lambda q, k, v: run(*tensors_of(kernel, q, k, v))
+
+    if q.dtype == torch.float32 or q.size(3) > 128:
+        raise ValueError(
+            f"config takes 16-bit floats and head dims up to 128, got {q.dtype} and {q.size(3)}"
+        )
+    fast = _prepare(kernel, (_for_tma(q), _for_tma(k), _for_tma(v)), constants, config)
+    _, (*constants, _), config = select(configs.HOPPER_ONLINE, scale * LOG2E)
+    redo = _prepare(
+        online_kernel, tensors_of(online_kernel, q, k, v), (*constants, REDO_ROWS), config
+    )
+
+    def launch(q, k, v):
+        helion.runtime.set_triton_allocator()  # for the descriptor that hopper_kernel makes
+        return redo(q, k, v, *fast(_for_tma(q), _for_tma(k), _for_tma(v)))
+
+    return launch
 
 
 _launchers = {}  # {what a call was compiled for: function of q, k, v}
@@ -242,8 +321,9 @@ def flash_attention(q, k, v, *, scale=None, config=None):
     scale: a float, 1 / sqrt(D) if None. It is compiled in, as shapes and strides are: the first
     call with new ones takes seconds.
     config: a helion.Config of configs.py or your own. Three block sizes [batch*head, query, key]
-    run attention_kernel, which copies q, k or v first if [B, H] do not fold into one dimension;
-    two, [query, key], run overlapped_kernel, which reads any strides in place. None takes what
+    run attention_kernel, which copies q, k or v first if [B, H] do not fold into one dimension. Two,
+    [query, key], run online_kernel, which reads any strides in place; or, with warp specialisation,
+    hopper_kernel, which copies what TMA cannot read and q if [B, H, M] do not fold. None takes what
     configs.py knows to be best for this GPU.
     Returns out: [B, H, M, D] in q's dtype.
     Raises TypeError or ValueError, before anything is compiled, on input outside of the above: the
