@@ -14,6 +14,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -270,8 +271,8 @@ def compare(out, q, k, v, scale=None):
     finite = ref.isfinite().all(-1)
     if not finite.all():
         with sdpa_kernel(SDPBackend.MATH):
-            math = F.scaled_dot_product_attention(q, k, v, scale=scale)
-        assert torch.equal(math.isfinite().all(-1), finite), "SDPA's math backend has other rows"
+            plain = F.scaled_dot_product_attention(q, k, v, scale=scale)
+        assert torch.equal(plain.isfinite().all(-1), finite), "SDPA's math backend has other rows"
     assert torch.equal(out.isfinite().all(-1), finite), "not finite in other rows than SDPA"
     ref = ref[finite]
     low = ref.to(q.dtype)
@@ -393,11 +394,12 @@ def not_finite(config):
 
 
 def same_bits(config):
-    q, k, v = make((2, 2, 129, D))
-    first, runs = flash_attention(q, k, v, config=NAMED[config]), 500 if GPU else 2
+    """Many runs on a GPU, where a race between warps would show in some of them."""
+    q, k, v = make((4, 32, 1024, D) if GPU else (2, 2, 129, D))
+    first, runs = flash_attention(q, k, v, config=NAMED[config]), 500 if GPU else 1
     for _ in range(runs):
         assert torch.equal(flash_attention(q, k, v, config=NAMED[config]), first)
-    return f"{runs} runs, the same bits"
+    return f"the same bits as the first, {runs} times"
 
 
 def every_element_written(config):
@@ -442,7 +444,8 @@ def bad_input(name):
         "not a tensor": (TypeError, "v", lambda: flash_attention(q, k, [1.0])),
         "scale": (ValueError, "scale", lambda: flash_attention(q, k, v, scale=float("nan"))),
         "config": (TypeError, "config", lambda: flash_attention(q, k, v, config="tile128")),
-        "config's dtype": (ValueError, "config", lambda: flash_attention(*(x.float() for x in (q, k, v)), config=configs.HOPPER)),
+        "config for 16 bits": (ValueError, "config", lambda: flash_attention(
+            q.float(), k.float(), v.float(), config=configs.HOPPER)),
         "cpu": (ValueError, "q", lambda: flash_attention(*(x.cpu() for x in (q, k, v)))),
     }[name]
     with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "0"} if name == "cpu" else {}), mock.patch.object(
@@ -488,12 +491,12 @@ def report_arithmetic(config):
     return f"{len(PUBLISHED[config])} rows"
 
 
-# What the README says of the machine code: tensor-core instruction, and the most and the least bytes
-# that the config may spill. hopper keeps six addresses there, two of them used in the loop.
+# What the README says of the machine code: the tensor-core instruction, and how many bytes per thread
+# the config spills, at least and at most. hopper keeps a few addresses there, but no data.
 CLAIMS = {
-    ("autotuned", 90): ("mma", 0, 9999), ("autotuned", 100): ("mma", 0, 9999),
-    ("tma_persistent", 90): ("mma", 0, 9999), ("tma_persistent", 100): ("mma", 0, 9999),
-    ("tile128", 90): ("wgmma", 1, 9999), ("tile128", 100): ("tcgen05", 1, 9999),
+    ("autotuned", 90): ("mma", 0, math.inf), ("autotuned", 100): ("mma", 0, math.inf),
+    ("tma_persistent", 90): ("mma", 0, math.inf), ("tma_persistent", 100): ("mma", 0, math.inf),
+    ("tile128", 90): ("wgmma", 1, math.inf), ("tile128", 100): ("tcgen05", 1, math.inf),
     ("hopper", 90): ("wgmma", 0, 32), ("hopper_online", 90): ("wgmma", 0, 0),
 }  # fmt: skip
 
@@ -508,13 +511,13 @@ def cross_compile(config, sm):
 
 
 def default_config(sm):
-    """What flash_attention takes when no config is named fits and does not spill, for each head dim."""
+    """What flash_attention takes when no config is named fits, and spills no data, for each head dim."""
     best = lambda dim: configs.best(divmod(sm, 10), dim, torch.bfloat16, 4096)
     for dim, code in zip(HEAD_DIMS, compile_in_child([(best(d), sm, d, "bfloat16") for d in HEAD_DIMS])):
         assert "error" not in code, (dim, code["error"])
-        most = CLAIMS["hopper", 90][2] if best(dim) == configs.HOPPER else 0
+        most = CLAIMS["hopper", 90][2] if sm == 90 else 0
         assert code["ctas"] >= 1 and code["spilled"] <= most and code["instruction"] != "none", (dim, code)
-    return "all head dims fit, none spills in earnest"
+    return f"all head dims fit, none spills more than {most} B"
 
 
 def cases():
@@ -539,7 +542,8 @@ def cases():
     yield [(random_input, ("default", (1, 2, 100, dim), dtype)) for dim in (32, 256) for dtype in DTYPES]
     yield [(bad_input, (name,)) for name in (
         "rank", "batch", "heads", "head dim", "length of v", "mixed dtype", "dtype", "unsupported head dim",
-        "device", "empty", "requires grad", "not a tensor", "scale", "config", "config's dtype", "cpu")]  # fmt: skip
+        "device", "empty", "requires grad", "not a tensor", "scale", "config",
+        "config for 16 bits", "cpu")]  # fmt: skip
     yield [(copied_files, ())] + [(report_arithmetic, (name,)) for name in PUBLISHED]
     if GPU:
         for name in PUBLISHED:

@@ -59,12 +59,12 @@ CONFIGS = {"autotuned": AUTOTUNED, "tma_persistent": TMA_PERSISTENT, "tile128": 
 # ---- Chosen here ---------------------------------------------------------------------------------
 
 # Hopper, bf16 and fp16, D up to 128, measured on an H200 for D = 128. Two block sizes, [query, key],
-# and warp specialisation: this drives `hopper_kernel`, with the memory operations [load v, k; the
-# last v; store todo, out]. One warpgroup loads, two compute 64 of the 128 rows each; maxnreg is what
-# 12 warps may have at most, of which Triton moves registers from the loading to the others. One
-# program per SM walks over the query tiles of one head, then of the next, so that what it loads for
-# a tile is requested while the one before is still computed. Two stages of K and V, but one of q and
-# of the last V, fill shared memory. TMA with descriptors made on the host, which cost the GPU nothing.
+# and warp specialisation: these drive `hopper_kernel`, with the memory operations [load v, k; the
+# last v; store todo, out]. One warpgroup loads, two compute 64 rows each. maxnreg is what each of 12
+# warps can have; Triton then moves registers from the loading ones to the others. One program per
+# SM, which requests what the next tile needs while it computes this one; the programs of a moment
+# work on a few heads, whose K and V L2 holds. Two stages of K and V and one of q and of the last V
+# fill shared memory. Descriptors for TMA are made on the host, where they cost the GPU nothing.
 HOPPER = helion.Config(
     block_sizes=[128, 128],
     host_tensor_descriptors=True,
@@ -77,9 +77,11 @@ HOPPER = helion.Config(
     range_num_stages=[1, 2],
     range_warp_specializes=[None, True],
 )
-# Two block sizes without: `online_kernel`, for the rows that HOPPER leaves to do, for fewer keys than
-# two tiles, and for D = 256, where the accumulator leaves registers for half the keys.
-HOPPER_ONLINE = helion.Config(block_sizes=[128, 128], loop_orders=[[1, 0]], num_stages=2, num_warps=8)
+# Two block sizes without: `online_kernel`, for the rows that hopper_kernel leaves to do, for no more
+# keys than one tile, and for D = 256, whose accumulator leaves registers for half the keys.
+HOPPER_ONLINE = helion.Config(
+    block_sizes=[128, 128], loop_orders=[[1, 0]], num_stages=2, num_warps=8
+)
 HOPPER_D256 = helion.Config(**{**HOPPER_ONLINE.config, "block_sizes": [128, 64]})
 
 

@@ -96,10 +96,10 @@ def hopper_kernel(
     N = k.size(2)
     D = hl.specialize(D)
     q_rows = q.reshape(B * H * M, D)
-    # l_i has to sum what the tensor cores multiply, p in v's precision: a row of one key would not get
-    # exactly its v. Cut, not rounded: that is one instruction, and its bias is in acc and l_i alike.
+    # l_i has to sum what the tensor cores multiply, p in v's precision: else a row of one key would
+    # not get its v. Cut, not rounded: that is one instruction, and its bias is in acc and l_i alike.
     mask = -(2**13) if v.dtype == torch.float16 else -(2**16)
-    # Below that row sum p may have lost bits: float16 has few exponents, bfloat16 as many as float32.
+    # With a smaller row sum p may have lost bits: float16 has fewer exponents than float32.
     low = 1.0 if v.dtype == torch.float16 else 2.0**-100
     out = torch.empty([B, H, M, D], dtype=q.dtype, device=q.device)
     todo = torch.empty([B, H, M], dtype=torch.int32, device=q.device)
@@ -108,9 +108,9 @@ def hopper_kernel(
         l_i = hl.zeros([tile_m], dtype=torch.float32)
         acc = hl.zeros([tile_m, D], dtype=torch.float32)
         p = hl.zeros([tile_m, block_n], dtype=torch.float32)
-        # Each warpgroup loads its own half of q, and Triton halves the descriptor with the tile only
-        # if the kernel made it. Helion makes all of them here or none: hence this one by hand. Rows
-        # beyond M belong to the next head; what comes of them is not stored.
+        # Each computing warpgroup has its own half of q, and Triton halves a descriptor with its tile
+        # only where the kernel made it. Helion makes all of them there or none, so this one is made
+        # by hand. Rows beyond M are the next head's, and what comes of them is not stored.
         q_tile = hl.inline_triton(
             "tl.make_tensor_descriptor({0}, [{1}, {2}], [{2}, 1], [{3}, {2}]).load([{4}, 0])",
             args=(q_rows, B * H * M, D, tile_m.block_size, tile_b.begin * M + tile_m.begin),
@@ -167,7 +167,7 @@ def online_kernel(
             for tile_n in hl.tile(N, block_size=block_n):
                 qk = hl.dot(q_tile, k[b, h, tile_n, :].T, out_dtype=torch.float32)
                 if N % block_n != 0:  # a score of 0 where no key is could be far above the others
-                    qk = torch.where((tile_n.index < N)[None, :], qk, float("-inf"))
+                    qk = torch.where((tile_n.index < N)[None, :], qk, -3e38)  # inf * scale 0 is NaN
                 p, alpha, m_i, l_i = online_softmax(qk, m_i, l_i, qk_scale)
                 acc = acc * alpha[:, None]
                 acc = hl.dot(p.to(v.dtype), v[b, h, tile_n, :], acc=acc)
@@ -242,7 +242,7 @@ def select(config, qk_scale):
 
 
 def tensors_of(kernel, q, k, v):
-    """The tensors that a kernel takes: with out, of which everything is to do, if it does not make it."""
+    """The tensors that a kernel takes: q, k, v, and if it makes no out, an out that is all to do."""
     if kernel is not online_kernel:
         return q, k, v
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -268,10 +268,12 @@ def _prepare(kernel, tensors, constants, config):
 
 
 def _for_tma(x):
-    """x, or a copy of it if TMA cannot read it: rows contiguous, each at a multiple of 16 bytes."""
+    """What tensors like x need before TMA reads them, whose rows have to be contiguous and to begin
+    at multiples of 16 bytes: a function, which returns them as they are or copies them."""
     starts = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:3]))
-    fine = x.stride(3) == 1 and min(starts) > 0 and not any(start % 16 for start in starts)
-    return x if fine else x.clone(memory_format=torch.contiguous_format)
+    if x.stride(3) == 1 and min(starts) > 0 and not any(start % 16 for start in starts):
+        return lambda x: x
+    return lambda x: x.clone(memory_format=torch.contiguous_format)
 
 
 def _compile(q, k, v, scale, config):
@@ -296,7 +298,8 @@ def _compile(q, k, v, scale, config):
         raise ValueError(
             f"config takes 16-bit floats and head dims up to 128, got {q.dtype} and {q.size(3)}"
         )
-    fast = _prepare(kernel, (_for_tma(q), _for_tma(k), _for_tma(v)), constants, config)
+    fix_q, fix_k, fix_v = (_for_tma(x) for x in (q, k, v))
+    fast = _prepare(kernel, (fix_q(q), fix_k(k), fix_v(v)), constants, config)
     _, (*constants, _), config = select(configs.HOPPER_ONLINE, scale * LOG2E)
     redo = _prepare(
         online_kernel, tensors_of(online_kernel, q, k, v), (*constants, REDO_ROWS), config
@@ -304,7 +307,7 @@ def _compile(q, k, v, scale, config):
 
     def launch(q, k, v):
         helion.runtime.set_triton_allocator()  # for the descriptor that hopper_kernel makes
-        return redo(q, k, v, *fast(_for_tma(q), _for_tma(k), _for_tma(v)))
+        return redo(q, k, v, *fast(fix_q(q), fix_k(k), fix_v(v)))
 
     return launch
 
