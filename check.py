@@ -223,7 +223,7 @@ def machine_code(config, sm, head_dim=128, dtype="bfloat16"):
         usage = run(tools / "cuobjdump", "-res-usage", cubin)
         sass = run(tools / "nvdisasm", "-c", cubin)
     registers, spilled = (int(x) for x in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    threads, shared = 32 * launched["options"]["num_warps"], compiled.metadata.shared
+    threads, shared = 32 * compiled.metadata.num_warps, compiled.metadata.shared  # with the loading warps
     kib = CHIPS[sm][1]
     names = {"UTCHMMA": "tcgen05 (UTCHMMA)", "HGMMA": "wgmma (HGMMA)", "HMMA": "mma (HMMA)"}
     return {
