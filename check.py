@@ -511,13 +511,14 @@ def cross_compile(config, sm):
 
 
 def default_config(sm):
-    """What flash_attention takes when no config is named fits, and spills no data, for each head dim."""
+    """What flash_attention takes when no config is named fits and does not spill, for each head dim.
+    hopper at D = 128 may do what CLAIMS says."""
     best = lambda dim: configs.best(divmod(sm, 10), dim, torch.bfloat16, 4096)
     for dim, code in zip(HEAD_DIMS, compile_in_child([(best(d), sm, d, "bfloat16") for d in HEAD_DIMS])):
         assert "error" not in code, (dim, code["error"])
-        most = CLAIMS["hopper", 90][2] if sm == 90 else 0
+        most = CLAIMS["hopper", 90][2] if (sm, dim) == (90, 128) else 0
         assert code["ctas"] >= 1 and code["spilled"] <= most and code["instruction"] != "none", (dim, code)
-    return f"all head dims fit, none spills more than {most} B"
+    return "all head dims fit, none spills" + (" data" if sm == 90 else "")
 
 
 def cases():
