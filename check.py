@@ -2,6 +2,7 @@
 
     python check.py             # everything; the last line is `N passed, N failed`
     python check.py -k hopper   # only the cases with "hopper" in their name
+    python check.py -k search --search 5000   # look for rows that miss the bound, at random
 
 On a GPU this runs the real kernels. Without one it executes the Triton code that Helion generates,
 with its tiles, masks and program order, in Triton's interpreter, and compiles it for GPUs that are
@@ -10,6 +11,7 @@ not here with the compiler that Triton brings along.
 import argparse
 import concurrent.futures
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import inspect
@@ -17,6 +19,7 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -35,15 +38,15 @@ GPU = torch.cuda.is_available()
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, so before it
 
-import configs
-import helion
 import flash_attn
-from flash_attn import HEAD_DIMS, LOG2E, bind, flash_attention, select, tensors_of
+import helion
+from flash_attn import HEAD_DIMS, LOG2E, configs, flash_attention
+from torch.nn.attention.bias import CausalVariant
 
 DEVICE = "cuda" if GPU else "cpu"
 D = 128 if GPU else 64  # head dim of most cases; the interpreter is slow
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in flash_attn.DTYPES}
-NAMED = {**configs.CONFIGS, "hopper": configs.HOPPER, "hopper_online": configs.HOPPER_ONLINE}
+NAMED = {**configs.CONFIGS, "hopper": configs.HOPPER, "general": configs.HOPPER_GENERAL, "default": None}
 
 # The published tables: shape, Helion ms, PyTorch ms, speedup, TFLOPS, as printed.
 PUBLISHED = {
@@ -96,6 +99,27 @@ def patch_interpreter():
         lambda self, key: key == "host_tensor_descriptors" or supports(self, key)
     )
     helion.runtime.get_num_sm = lambda device, *, reserved_sms=0: 2  # persistent grids ask for it
+    convert = interpreter._convert_float
+
+    def convert_float(x, source, target, rounding_mode):
+        """Between float32 and bf16 it cuts where a GPU rounds to nearest even, and gets subnormals wrong."""
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return (x.astype(np.uint32) << 16).reshape(x.shape)
+        if (source, target) != (tl.float32, tl.bfloat16) or rounding_mode == interpreter._ir.ROUNDING_MODE.RTZ:
+            return convert(x, source, target, rounding_mode)
+        bits = x.view(np.uint32)
+        nearest = (bits + (0x7FFF + (bits >> 16 & 1))) >> 16  # a carry goes on into the exponent, up to inf
+        return np.where(np.isnan(x), 0x7FC0, nearest).astype(np.uint16).reshape(x.shape)
+
+    interpreter._convert_float = convert_float
+
+    def round_to_bf16(self, asm, constraints, values, *rest):
+        """It has no inline assembly, and flash_attn.py one piece of it."""
+        low = convert_float(values[0].data, tl.float32, tl.bfloat16, None)
+        data = convert_float(low, tl.bfloat16, tl.float32, None).view(np.float32)
+        return mock.Mock(get_result=lambda i: interpreter.TensorHandle(data, tl.float32))
+
+    interpreter.InterpreterBuilder.create_inline_asm = round_to_bf16
     create_dot = interpreter.InterpreterBuilder.create_dot
 
     def widened(x):  # it keeps bf16 as uint16, and would multiply these integers
@@ -138,6 +162,7 @@ def pretend(sm):
     from helion._compiler.compile_environment import CompileEnvironment
     from torch._inductor.runtime.hints import DeviceProperties
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
     sms, kib = CHIPS[sm]
     capability = divmod(sm, 10)
@@ -152,6 +177,21 @@ def pretend(sm):
         type="cuda", index=0, multi_processor_count=sms, cc=sm, major=capability[0],
         regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, warp_size=32,
     )
+    to_fake = CompileEnvironment._to_fake_tensor
+
+    def to_symbolic(self, x, source):
+        """A fake tensor's sizes and strides as symbols, as helion makes them from a real tensor's."""
+        if self.settings.static_shapes:
+            return to_fake(self, x, source)
+        n, none = x.dim(), [None] * x.dim()
+        sizes, strides, _ = self.shape_env.create_symbolic_sizes_strides_storage_offset(
+            x, source, symbolic_context=StatelessSymbolicContext(
+                [DimDynamic.DYNAMIC] * n, [DimDynamic.INFER_STRIDE] * n, none, none))  # fmt: skip
+        with self.fake_mode:
+            fake = torch.empty_strided(sizes, strides, dtype=x.dtype, device=x.device)
+        self.input_sources[fake] = source
+        return fake
+
     with contextlib.ExitStack() as stack:
         for target, value in {
             "torch.cuda.is_available": lambda: True,
@@ -165,6 +205,7 @@ def pretend(sm):
         for owner, name, value in (
             (DeviceProperties, "create", lambda device: properties),
             (CompileEnvironment, "tensor_descriptor_base_is_aligned", lambda self, tensor: True),
+            (CompileEnvironment, "_to_fake_tensor", to_symbolic),
             (FakeTensor, "data_ptr", lambda self: 0),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
@@ -173,7 +214,7 @@ def pretend(sm):
 
 
 def machine_code(config, sm, head_dim=128, dtype="bfloat16"):
-    """Compile one config for compute capability sm / 10; no such GPU is needed.
+    """Compile a Plan or one of the report's Configs for compute capability sm / 10, without such a GPU.
 
     Returns a dict: registers per thread, spilled bytes per thread, shared memory in bytes, CTAs
     that fit on an SM (0: it does not), and the tensor-core instruction in the machine code, or "none".
@@ -184,8 +225,7 @@ def machine_code(config, sm, head_dim=128, dtype="bfloat16"):
     from triton.compiler import ASTSource
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    kernel, constants, config = select(config, head_dim**-0.5 * LOG2E)
-    shorts = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+    shorts = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
     launched = {}
 
     def launcher(fn, grid, *args, num_warps, num_stages, **options):
@@ -194,23 +234,35 @@ def machine_code(config, sm, head_dim=128, dtype="bfloat16"):
 
     with tempfile.TemporaryDirectory() as folder:
         with pretend(sm):
-            qkv = (torch.empty(16, 64, 4096, head_dim, dtype=DTYPES[dtype], device="cuda") for _ in "qkv")
-            tensors = tensors_of(kernel, *qkv)
-            source = Path(folder, "generated.py")
-            source.write_text(bind(kernel, (*tensors, *constants)).to_triton_code(config))
-            spec = importlib.util.spec_from_file_location("generated", source)
-            generated = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(generated)
-            getattr(generated, kernel.name)(*tensors, *constants, _launcher=launcher)
+            q, k, v, out = (torch.empty(16, 64, 4096, head_dim, dtype=DTYPES[dtype], device="cuda") for _ in range(4))
+            scale = head_dim**-0.5 * LOG2E
+            if isinstance(config, helion.Config):
+                tensors = [x.view(-1, *x.shape[2:]) for x in (q, k, v, out)]
+                run = flash_attn.attention_kernel.bind((*tensors, scale)).compile_config(config)
+                run(*tensors, scale, _launcher=launcher)
+            else:
+                tensors = q, k, v, out, q.new_empty(16, 64, 4096, dtype=torch.float32)
+                tiles = config.block_m, config.block_n
+                if config.kernel == "hopper":
+                    kernel, numbers = flash_attn.hopper_kernel, (scale, 4096, 132, 0)
+                    constants = *tiles, False, dtype == "float16"
+                else:
+                    kernel, numbers, constants = flash_attn.general_kernel, (scale, 4096), (*tiles, tiles[0])
+                run = flash_attn._bind(kernel, config.config, constants, DTYPES[dtype], head_dim, q.device)
+                run(*tensors, *numbers, *constants, _launcher=launcher)
         signature, constexprs, attributes = {}, {}, {}
         for i, (param, arg) in enumerate(zip(launched["fn"].params, launched["args"])):
-            if param.is_constexpr:
+            stride = "stride" in param.name and isinstance(arg, int)
+            if param.is_constexpr or stride and arg == 1:
                 signature[param.name], constexprs[param.name] = "constexpr", arg
             elif isinstance(arg, TensorDescriptor):
                 block = str(list(arg.block_shape)).replace(" ", "")
                 signature[param.name] = f"tensordesc<{shorts[arg.base.dtype]}{block}>"
             else:
-                signature[param.name], attributes[(i,)] = f"*{shorts[arg.dtype]}", [["tt.divisibility", 16]]
+                name = shorts.get(getattr(arg, "dtype", None))
+                signature[param.name] = f"*{name}" if name else "fp32" if isinstance(arg, float) else "i32"
+                if name or stride:
+                    attributes[(i,)] = [["tt.divisibility", 16]]
         source = ASTSource(launched["fn"], signature, constexprs, attributes)
         compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=launched["options"])
         tmem = getattr(compiled.metadata, "tmem_size", None) or 0
@@ -236,13 +288,14 @@ def machine_code(config, sm, head_dim=128, dtype="bfloat16"):
 
 
 def compile_in_child(jobs):
-    """machine_code for each (helion.Config, sm, head dim, dtype), in a child process.
+    """machine_code for each (Plan or Config, sm, head dim, dtype), in a child process.
 
     The child has the interpreter off. Returns a list of dicts; {"error": reason} where the compiler
     refused.
     """
+    pack = lambda c: [c.to_json()] if isinstance(c, helion.Config) else [*c[:-1], c.config.to_json()]
     child = subprocess.run(
-        [sys.executable, __file__, "--compile", json.dumps([(c.to_json(), *rest) for c, *rest in jobs])],
+        [sys.executable, __file__, "--compile", json.dumps([(pack(c), *rest) for c, *rest in jobs])],
         env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True,
     )
     found = [json.loads(line[5:]) for line in child.stdout.splitlines() if line.startswith("CODE ")]
@@ -254,49 +307,63 @@ def compile_in_child(jobs):
 # Each is a function that raises where the kernel is wrong, and returns the line to print.
 
 
-def reference(q, k, v, scale=None):
-    """Attention by its definition, in float64."""
+def seen(q, k, is_causal):
+    """Which keys a row sees, [M, N]: is_causal as flash_attention takes it, False for all."""
+    M, N = q.size(2), k.size(2)
+    diagonal = N if is_causal is False else N - M if is_causal is CausalVariant.LOWER_RIGHT else 0
+    return torch.ones(M, N, dtype=torch.bool, device=q.device).tril(diagonal)
+
+
+def reference(q, k, v, scale=None, is_causal=False):
+    """Attention by its definition, in float64. A row that sees nothing is 0."""
+    if q.dim() == 4:
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))
     q, k, v = q.double(), k.double(), v.double()
     scores = q @ k.transpose(-1, -2) * (q.size(-1) ** -0.5 if scale is None else scale)
-    return scores.softmax(-1) @ v
+    if is_causal is False:
+        return scores.softmax(-1) @ v
+    mask = seen(q, k, is_causal)
+    return scores.masked_fill(~mask, -math.inf).softmax(-1).where(mask.any(-1, keepdim=True), 0.0) @ v
 
 
-def compare(out, q, k, v, scale=None):
+def compare(out, q, k, v, scale=None, unit=1.0, least=0.0, is_causal=False):
     """Hold out to flash-attention's own bound (its tests/test_flash_attn.py): at most twice the
     error of PyTorch's SDPA in the same dtype against a float64 reference, plus rounding.
     Rows with NaN or inf must be the rows that have it in SDPA's math backend. (The fast backends
-    lose some: the CPU's turns a NaN of inf - inf into a number.)"""
+    lose some: the CPU's turns a NaN of inf - inf into a number.)
+    unit: the size of the results, where it is not about 1. least: what SDPA's error counts at least."""
     assert out.shape == q.shape and out.dtype == q.dtype, (out.shape, out.dtype)
-    sdpa, ref = F.scaled_dot_product_attention(q, k, v, scale=scale), reference(q, k, v, scale)
+    mask = None if is_causal is False else seen(q, k, is_causal)
+    sdpa = functools.partial(F.scaled_dot_product_attention, q, k, v, mask, scale=scale, enable_gqa=True)
+    other, ref = sdpa(), reference(q, k, v, scale, is_causal)
     finite = ref.isfinite().all(-1)
     if not finite.all():
         with sdpa_kernel(SDPBackend.MATH):
-            plain = F.scaled_dot_product_attention(q, k, v, scale=scale)
-        assert torch.equal(plain.isfinite().all(-1), finite), "SDPA's math backend has other rows"
+            assert torch.equal(sdpa().isfinite().all(-1), finite), "SDPA's math backend has other rows"
     assert torch.equal(out.isfinite().all(-1), finite), "not finite in other rows than SDPA"
     ref = ref[finite]
     low = ref.to(q.dtype)
-    rounding = (low + 0.3 - 0.3 - low).abs().max().item()
-    bound = 2 * (sdpa[finite] - ref).abs().max().item() + 2 * rounding
+    rounding = (low + 0.3 * unit - 0.3 * unit - low).abs().max().item()
+    bound = 2 * max((other[finite] - ref).abs().max().item(), least) + 2 * rounding
     error = (out[finite] - ref).abs().max().item()
     assert error <= bound, f"error {error:.2e} > bound {bound:.2e}"
     return f"error {error:.2e} <= bound {bound:.2e}"
 
 
-def make(shape, dtype="bfloat16", keys=None, seed=0):
-    """Random normal q: [B, H, S, D] and k, v: [B, H, keys, D]."""
+def make(shape, dtype="bfloat16", keys=None, heads=None, seed=0):
+    """Random normal q: [B, H, S, D] and k, v: [B, heads, keys, D]."""
     generator = torch.Generator(DEVICE).manual_seed(seed)
     B, H, S, D = shape
     return [
-        torch.randn(B, H, n, D, generator=generator, device=DEVICE).to(DTYPES[dtype])
-        for n in (S, keys or S, keys or S)
+        torch.randn(B, h, n, D, generator=generator, device=DEVICE).to(DTYPES[dtype])
+        for h, n in ((H, S), (heads or H, keys or S), (heads or H, keys or S))
     ]
 
 
 def random_input(config, shape, dtype="bfloat16", keys=None):
     q, k, v = make(shape, dtype, keys)
     try:
-        out = flash_attention(q, k, v, config=None if config == "default" else NAMED[config])
+        out = flash_attention(q, k, v, config=NAMED[config])
     except Exception as error:
         if not GPU or config == "default":
             raise
@@ -310,6 +377,18 @@ def random_input(config, shape, dtype="bfloat16", keys=None):
     return compare(out, q, k, v)
 
 
+CAUSAL = {"upper_left": True, "lower_right": CausalVariant.LOWER_RIGHT}
+
+
+def causal(config, kind, dtype):
+    """Groups of 1, 4 and 8 heads; lengths equal and not, ragged and not, one query, rows that see nothing."""
+    for heads, M, N in ((8, 128, 256), (2, 300, 300), (1, 129, 520), (2, 300, 140), (2, 1, 400), (8, 384, 128)):
+        q, k, v = make((1, 8, M, D), dtype, N, heads)
+        out = flash_attention(q, k, v, is_causal=CAUSAL[kind], enable_gqa=True, config=NAMED[config])
+        line = compare(out, q, k, v, is_causal=CAUSAL[kind])
+    return line
+
+
 def report_shape(config, shape):
     """A shape of the report, on a GPU; the float64 reference is taken of two heads."""
     q, k, v = make(shape)
@@ -320,14 +399,118 @@ def report_shape(config, shape):
 
 
 def strided(config):
-    """[B, S, H, D] transposed, k and v out of one packed tensor, and rows that are not aligned."""
-    q = make((2, 129, 2, D))[0].transpose(1, 2)
+    """Read in place: [B, S, H, D] in memory, k and v of one packed tensor, expanded heads; out in q's
+    layout. Copied only by hopper_kernel: rows that are not aligned or not contiguous."""
+    config, q = NAMED[config], make((2, 129, 2, D))[0].transpose(1, 2)
     k, v = torch.cat(make((2, 2, 300, D))[:2], -1).split(D, -1)
-    line = compare(flash_attention(q, k, v, config=NAMED[config]), q, k, v)
+    k_bshd, v_bshd = (x.transpose(1, 2) for x in make((2, 300, 2, D))[:2])
+    with mock.patch.object(torch.Tensor, "clone", side_effect=AssertionError("it was copied")):
+        line = compare(flash_attention(q, k, v, config=config), q, k, v)
+        out = flash_attention(q, k_bshd, v_bshd, config=config)
+        one = [x[:, :1].expand(2, 2, -1, -1) for x in (k, v)]
+        out_one = flash_attention(q, *one, config=config)
+    assert out.transpose(1, 2).is_contiguous(), "out is not in q's layout"
+    compare(out, q, k_bshd, v_bshd)
+    compare(out_one, q, *one)
     k, v = (torch.cat([x, x], -1)[..., 1 : D + 1] for x in (k, v))
     q = q.transpose(2, 3).contiguous().transpose(2, 3)
-    compare(flash_attention(q, k, v, config=NAMED[config]), q, k, v)
+    compare(flash_attention(q, k, v, config=config), q, k, v)
     return line
+
+
+def lengths(config):
+    """Other lengths, batches, heads and scales compile nothing, and the memory stays where it is."""
+    config, calls = NAMED[config], 100 if GPU else 12
+    sizes = [(1 + i % 3, 2 * (1 + i % 2), 130 + 3 * i if i % 2 else 1, 200 + 7 * i) for i in range(calls)]
+    for M, N in ((1, 129), (130, 200), (130, 256)):  # the kinds of masking
+        flash_attention(*make((1, 2, M, D), keys=N), is_causal=CAUSAL["lower_right"], config=config)
+        flash_attention(*make((1, 2, M, D), keys=N), config=config)
+    compiled, used = set(flash_attn._compiled), []
+    with mock.patch.object(helion.Kernel, "bind", side_effect=AssertionError("it was compiled")):
+        for i, (B, H, M, N) in enumerate(sizes):
+            q, k, v = make((B, H, M, D), keys=N, heads=2)
+            is_causal = CAUSAL["lower_right"] if i % 4 == 1 else False
+            out = flash_attention(q, k, v, is_causal=is_causal, enable_gqa=True, scale=0.1 + i / 1000, config=config)
+            if i % 10 == 1:
+                compare(out, q, k, v, 0.1 + i / 1000, is_causal=is_causal)
+            del q, k, v, out
+            used.append(torch.cuda.memory_allocated() if GPU else 0)
+    assert set(flash_attn._compiled) == compiled, "something was compiled"
+    assert used[-1] <= used[0], used
+    assert len(flash_attn._calls) <= flash_attn.CALLS
+    return f"{calls} calls"
+
+
+def empty(config):
+    """No batch, heads, queries or keys give what SDPA gives."""
+    for shape, keys in (((0, 2, 4, D), 5), ((2, 0, 4, D), 5), ((2, 2, 0, D), 5), ((2, 2, 4, D), 0)):
+        B, H, S, _ = shape
+        q, k, v = (torch.randn(B, H, n, D, device=DEVICE).bfloat16() for n in (S, keys, keys))
+        out, sdpa = flash_attention(q, k, v, config=NAMED[config]), F.scaled_dot_product_attention(q, k, v)
+        torch.testing.assert_close(out, sdpa)
+    return "as SDPA"
+
+
+def large_tensor(config):
+    """More than 2^31 elements between the first and the last (GPU only)."""
+    apart = 2**30 + 8 * D
+    storage = torch.empty(2 * apart + 2 * 300 * D, dtype=torch.bfloat16, device=DEVICE)
+    for large in ((0, 1, 2), (0,), (1, 2)):
+        qkv = make((3, 2, 300, D))
+        for i in large:
+            x = storage.as_strided((3, 2, 300, D), (apart, 300 * D, D, 1))
+            if i != large[0]:  # k and v, or all three, are one tensor then
+                qkv[i] = qkv[large[0]]
+            else:
+                x.copy_(qkv[i])
+                qkv[i] = x
+        line = compare(flash_attention(*qkv, config=NAMED[config]), *qkv)
+    return line
+
+
+def threads():
+    """Eight threads make their first calls at once, on a stream each (GPU only, in a new process)."""
+    script = """
+import threading, torch, check
+from flash_attn import flash_attention
+barrier, results = threading.Barrier(8), []
+def work(i):
+    q, k, v = check.make((1 + i % 3, 2, 100 + 50 * i, (64, 128)[i % 2]), ("bfloat16", "float16")[i // 4], seed=i)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    barrier.wait()
+    with torch.cuda.stream(stream):
+        for _ in range(20):
+            out = flash_attention(q, k, v, is_causal=i % 3 == 0)
+    stream.synchronize()
+    results.append(check.compare(out, q, k, v, is_causal=i % 3 == 0))
+workers = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+for worker in workers: worker.start()
+for worker in workers: worker.join()
+assert len(results) == 8, results
+"""
+    child = subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr.strip()[-600:]
+    return "eight right results"
+
+
+def capture():
+    """In a CUDA graph: not as the first call, and right afterwards (GPU only)."""
+    q, k, v = make((2, 2, 200, 32))
+    try:
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            flash_attention(q, k, v)
+        raise AssertionError("it was compiled under capture")
+    except RuntimeError as error:
+        assert "before the capture" in str(error), error
+    flash_attention(q, k, v)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = flash_attention(q, k, v)
+    for x, new in zip((q, k, v), make((2, 2, 200, 32), seed=1)):
+        x.copy_(new)
+    graph.replay()
+    return compare(out, q, k, v)
 
 
 def large_logits(config):
@@ -370,7 +553,10 @@ def given_scale(config):
     mean = flash_attention(q, k, v, scale=0, config=NAMED[config])  # cuDNN gives NaN here
     expected = v.mean(2, keepdim=True, dtype=torch.float64).expand_as(mean)
     torch.testing.assert_close(mean.double(), expected, atol=1e-3, rtol=1e-2)
-    return compare(flash_attention(q, k, v, scale=0.3, config=NAMED[config]), q, k, v, 0.3)
+    line = compare(flash_attention(q, k, v, scale=0.3, config=NAMED[config]), q, k, v, 0.3)
+    q = q * 40  # a maximum taken before the negative scale is a minimum, and 2^x of the others overflows
+    compare(flash_attention(q, k, v, scale=-0.3, config=NAMED[config]), q, k, v, -0.3)
+    return line
 
 
 def identical_keys(config):
@@ -403,10 +589,10 @@ def same_bits(config):
 
 
 def every_element_written(config):
-    """torch.empty is poisoned with NaN, so an element that nobody writes shows."""
+    """torch.empty_like is poisoned with NaN, so an element that nobody writes shows."""
     q, k, v = make((2, 2, 129, D))
     config, poisoned = NAMED[config], []
-    flash_attention(q, k, v, config=config)  # compiled before torch.empty is another
+    flash_attention(q, k, v, config=config)  # compiled before torch.empty_like is another
 
     def poison(allocate):
         def poisoned_allocate(*args, **kwargs):
@@ -417,12 +603,192 @@ def every_element_written(config):
 
         return poisoned_allocate
 
-    with mock.patch("torch.empty", poison(torch.empty)), mock.patch(
-        "torch.empty_like", poison(torch.empty_like)
-    ):
+    with mock.patch("torch.empty_like", poison(torch.empty_like)):
         out = flash_attention(q, k, v, config=config)
     assert any(x.data_ptr() == out.data_ptr() for x in poisoned), "out was not poisoned"
     return compare(out, q, k, v)
+
+
+# Hard rows: heads whose rows are all of one kind, each head held to the bound by itself, so that a row
+# that is wrong does not hide behind the error of a larger one. Everything about scores is in nats, the
+# exponent of e. All kinds share one shape, so that a config compiles once for them; MANY keys are another.
+HEADS, ROWS, KEYS, MANY = 8, 256 if GPU else 64, 300, 131072 if GPU else 4096
+LN2 = math.log(2)
+LARGEST = {torch.bfloat16: 1e36, torch.float16: 1e4, torch.float32: 1e36}  # of v
+
+
+def in_pieces(x):
+    """Three columns that sum up to x: one bf16 has 8 bits, which is too few for a score."""
+    first = x.bfloat16().double()
+    second = (x - first).bfloat16().double()
+    return torch.stack([first, second, x - first - second], -1)
+
+
+def hard_head(dtype, keys, seed, shift=0.0, sweep=0.0, spread=0.0, gap=0.0, upper=0.5, values="normal", size=1.0):
+    """q: [ROWS, D], k, v: [keys, D]: one head with scores and values to measure.
+
+    shift is added to all scores, and another 0 to sweep from the first row to the last. spread: their
+    standard deviation. A share of `upper` of the keys, but one at least, is on an upper level; the
+    others are lower by gap and another 0 to 1 bit, so that every row rounds its p in another way.
+    values: "normal", "positive", on the "upper" or "lower" keys only, "opposed" on the two levels, or one
+    of the two below that set scores, too. size: of the largest result, unless v would be over LARGEST.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)
+    uniform = lambda *shape: torch.rand(shape, generator=generator, dtype=torch.float64)
+    low = torch.randperm(keys, generator=generator) >= min(max(round(upper * keys), 1), keys - 1)
+    scores, odd = torch.zeros(keys, dtype=torch.float64), torch.arange(keys) % 2 == 1
+    if values == "cancelling":
+        # p of even keys is 1/32 of its last bit above a number of that dtype, p of odd ones 31/32. To
+        # nearest rounds both by 1/32, cutting by 1/32 and 31/32, and their values are opposed. So it is
+        # where a kernel's p is SDPA's times a power of 2: where it subtracts the maximum, which is key 0
+        # and a whole number of bits here, or any whole number of bits.
+        eps = torch.finfo(dtype).eps
+        scores = torch.log1p(torch.where(odd, 31 / 32 * eps, eps / 32)) - 4 * LN2
+        scores[0], low = 0, torch.zeros_like(low)
+        v = torch.where(odd, -1.0, 1.0)[:, None] * (1 + uniform(D))
+        v[0] = 0
+    elif values == "biased":
+        # The mantissas of odd and even keys' p are a factor of 1.5 or 0.75 apart, and so is on average
+        # what cutting takes away from them. Rounding to nearest takes nothing, whatever is subtracted.
+        scores = LN2 * (0.1 * uniform(keys) + 0.6 * odd)
+        low = torch.zeros_like(low)
+        v = torch.where(odd, -(0.5**0.6), 1.0)[:, None] * (1 + uniform(D))
+    else:
+        v = {
+            "normal": lambda: normal(keys, D),
+            "positive": lambda: uniform(keys, D),
+            "upper": lambda: normal(keys, D) * ~low[:, None],
+            "lower": lambda: normal(keys, D) * low[:, None],
+            "opposed": lambda: torch.where(low, 1.0, -1.0)[:, None] * (1 + uniform(D)),
+        }[values]()
+    root, rest, along = D**0.5, D - 9, torch.linspace(0, 1, ROWS, dtype=torch.float64)
+    ones = lambda n: torch.ones(n, 3, dtype=torch.float64)
+    shifts, gaps = in_pieces(root * (shift + sweep * along)), in_pieces(root * -(gap + LN2 * along))
+    q = torch.cat([ones(ROWS), shifts, gaps, normal(ROWS, rest) * spread * (D / rest) ** 0.5], -1)
+    k = torch.cat([in_pieces(root * scores), ones(keys), ones(keys) * low[:, None], normal(keys, rest)], -1)
+    q, k = q.to(dtype), k.to(dtype)
+    v *= min(size / reference(q, k, v).abs().max().item(), LARGEST[dtype] / v.abs().max().item())
+    return q.to(DEVICE), k.to(DEVICE), v.to(dtype).to(DEVICE)
+
+
+def rounded_once(q, k, v):
+    """The largest error of a few ways to do attention in float32 with p rounded to v's dtype once.
+
+    SDPA's error can be none by luck: its largest p is exactly 1, and where few keys count the other p
+    may be exact, too. A kernel that subtracts another number than the maximum is as right, and has
+    that error. So here the largest p is 2^-t for some t, and p is rounded to nearest and summed as it is
+    multiplied. What SDPA may lack in float32 is here, too: sums over tiles of keys, one after the other,
+    and for each t another order of the sums that are scores.
+    """
+    ref, errors = reference(q, k, v), []
+    for t in (0, 0.25, 0.5, 0.75):
+        q_t, k_t = (x.float().roll(int(t * D), -1) for x in (q, k))
+        x = q_t @ k_t.mT * (D**-0.5 * LOG2E)
+        p = torch.exp2(x - x.amax(-1, keepdim=True) - t).to(v.dtype).float()
+        tiles = list(zip(p.split(32, -1), v.float().split(32, -2)))
+        acc, l = sum(p @ v for p, v in tiles), sum(p.sum(-1, keepdim=True) for p, _ in tiles)
+        errors.append((acc / l - ref).abs().max().item())
+    return max(errors)
+
+
+def hold(config, dtype, heads, keys=KEYS):
+    """Some heads, [(seed, parameters of hard_head)], in one call, each to the bound by itself.
+    Returns [(does it hold, text)]."""
+    qkv = [torch.stack(x)[None] for x in zip(*(hard_head(dtype, keys, seed, **head) for seed, head in heads))]
+    out, results = flash_attention(*qkv, config=NAMED[config]), []
+    for i, (seed, head) in enumerate(heads):
+        q, k, v = (x[:, i : i + 1] for x in qkv)
+        # "cancelling" is to find what is as large as a priori errors; hard_head says why it is fair.
+        least = 0.0 if head.get("values") == "cancelling" else rounded_once(q, k, v)
+        try:
+            line = compare(out[:, i : i + 1], q, k, v, None, reference(q, k, v).abs().max().item(), least)
+            results.append((True, line))
+        except AssertionError as error:
+            results.append((False, f"{error} at seed {seed}, {head}"))
+    return results
+
+
+def hold_all(config, dtype, heads, keys=KEYS):
+    """Any number of heads, HEADS in a call. Raises where one misses its bound, returns the line to print."""
+    results = []
+    for first in range(0, len(heads), HEADS):
+        results += hold(config, dtype, heads[first : first + HEADS], keys)
+    missed = [text for holds, text in results if not holds]
+    assert not missed, f"{len(missed)} of {len(results)} heads, the first one: {missed[0]}"
+    return f"{len(results)} heads, the last one: {results[-1][1]}"
+
+
+# All rows of a head leave hopper's range in the same way, or those that are noticed would have the others
+# computed again, too.
+SHIFTS = [dict(shift=shift, sweep=0.5, spread=1.0) for shift in (-300, -100, -60, -20, 20, 60, 100, 300)]
+# One key is on the upper level, or half of them, or most. At -4 they sum up to more than 1 nevertheless;
+# at -60 to what float32 holds, but the lower level is then where it has no numbers left.
+LEVELS = [dict(shift=shift, gap=gap, upper=upper) for shift in (-4, -60, 60) for gap, upper in (
+    (2, 0.0), (2, 1.0), (5, 0.5), (8, 0.5), (8, 1.0), (11, 0.5), (20, 0.0), (40, 0.5))]  # fmt: skip
+HARD = {
+    "shifts": SHIFTS,
+    "shifts_in_one_head": [dict(shift=-300, sweep=600, spread=spread) for spread in (0, 0.1, 0.3, 1, 2, 3, 5, 10)],
+    # From 83 to 88 on p sums up to inf in float32 without a single p, or a sum of p v, that is inf. It is
+    # elsewhere where a kernel subtracts a constant, but steps of 4 hit it.
+    "edges": [dict(shift=shift, sweep=0.5, spread=0.1, size=2.0**-10) for shift in range(-100, 156, 4)],
+    "large_values": [dict(head, values="positive", size=math.inf) for head in SHIFTS],
+    "spreads": [dict(spread=spread) for spread in (0.1, 0.3, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0)],
+    "upper_level": [dict(head, values="upper") for head in LEVELS],
+    "lower_level": [dict(head, values="lower") for head in LEVELS],
+    "cancelling": [dict(shift=bits * LN2, values="cancelling") for bits in range(-16, 16, 4)],
+}
+HARD_MANY = [  # one large p and many tiny ones that weigh as much; tiny ones that sum up to 1 or 2.7; biased
+    dict(gap=math.log(MANY), upper=0.0, values="opposed"),
+    dict(gap=math.log(MANY), upper=0.0, values="positive", shift=-0.5),
+    dict(shift=-math.log(MANY), sweep=1.0, upper=1.0, values="positive"),
+    dict(values="biased"),
+]
+
+
+def hard_rows(config, kind, dtype):
+    heads, keys = (HARD_MANY, MANY) if kind == "many_keys" else (HARD[kind], KEYS)
+    return hold_all(config, DTYPES[dtype], list(enumerate(heads)), keys)
+
+
+def drawn(dtype, seed):
+    """Parameters of hard_head: the seed says which, so that a draw can be had again without the others."""
+    draw = random.Random(seed)
+    return dict(
+        shift=round(draw.choice([300, 90, 20, 6]) * draw.uniform(-1, 1), 3),
+        sweep=draw.choice([0.0, 0.5, 5.0]),
+        spread=draw.choice([0.0, 0.1, round(10 ** draw.uniform(-1, 1.5), 3)]),
+        gap=round(draw.choice([10, 40]) * draw.random(), 3),
+        upper=draw.choice([0.0, 0.1, 0.5, 0.9, 1.0]),
+        values=draw.choice(["normal", "positive", "upper", "lower", "lower", "opposed"]),
+        size=10.0 ** draw.randint(*(-2, 4) if dtype == torch.float16 else (-6, 36)),
+    )
+
+
+def search(config, dtype, draws):
+    """Random heads, the same ones at every call."""
+    dtype = DTYPES[dtype]
+    return hold_all(config, dtype, [(seed, drawn(dtype, seed)) for seed in range(-(-draws // HEADS) * HEADS)])
+
+
+def interpreter_rounds():
+    """The interpreter's casts between float32 and bf16 give the bits that PyTorch's give."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder, ulp = interpreter.InterpreterBuilder(), 2.0**-7
+    special = [0.0, 1 + ulp / 2, 1 + ulp / 2 + 2.0**-23, 1 + ulp / 2 - 2.0**-23, 1 + 3 * ulp / 2, 2 - ulp / 4,
+               3.4e38, math.inf, math.nan, 1e-38, 1e-40, 2.0**-134, 1e-45]  # fmt: skip
+    bits = torch.randint(-(2**31), 2**31, (1 << 16,), generator=torch.Generator().manual_seed(0))
+    x = torch.cat([torch.tensor(special), -torch.tensor(special), bits.int().view(torch.float32)])
+    low = builder.create_fp_trunc(interpreter.TensorHandle(x.numpy(), tl.float32), tl.bfloat16)
+    back = torch.from_numpy(builder.create_fp_ext(low, tl.float32).data)
+    expected = x.bfloat16().float()
+    assert torch.equal(back.isnan(), x.isnan())
+    assert torch.equal(back[~x.isnan()].view(torch.int32), expected[~x.isnan()].view(torch.int32))
+    assert low.data.dtype == np.uint16 and low.data.shape == tuple(x.shape)
+    return f"{len(x)} numbers, NaN, inf and subnormals among them"
 
 
 def bad_input(name):
@@ -439,7 +805,8 @@ def bad_input(name):
         "dtype": (TypeError, "q", lambda: flash_attention(q.double(), k.double(), v.double())),
         "unsupported head dim": (ValueError, "q", lambda: flash_attention(*(x[..., :48] for x in (q, k, v)))),
         "device": (ValueError, "k", lambda: flash_attention(q, k.to("meta"), v)),
-        "empty": (ValueError, "k", lambda: flash_attention(q, k[:, :, :0], v[:, :, :0])),
+        "gqa": (ValueError, "k", lambda: flash_attention(q, k[:, :1], v[:, :1])),
+        "is_causal": (TypeError, "is_causal", lambda: flash_attention(q, k, v, is_causal="yes")),
         "requires grad": (ValueError, "q", lambda: flash_attention(grad, k, v)),
         "not a tensor": (TypeError, "v", lambda: flash_attention(q, k, [1.0])),
         "scale": (ValueError, "scale", lambda: flash_attention(q, k, v, scale=float("nan"))),
@@ -459,24 +826,39 @@ def bad_input(name):
     raise AssertionError("nothing was raised")
 
 
-def copied_files():
-    """flash_attn.py and configs.py work in an empty folder and import nothing else of ours."""
+def copied_files(where):
+    """flash_attn.py and configs.py work where they are copied to, and import nothing else of ours: into a
+    folder, into a package, beside a package and beside a module of others that is called configs, too."""
+    module, folder = {"folder": ("flash_attn", "."), "package": ("app.ops.flash_attn", "app/ops"),
+                      "beside a package": ("flash_attn", "."), "beside a module": ("lib.flash_attn", "lib")}[where]
     script = f"""
 import sys
 import torch
-{'' if GPU else inspect.getsource(patch_interpreter) + 'import flash_attn, helion; patch_interpreter()'}
-from flash_attn import flash_attention
+{'' if GPU else inspect.getsource(patch_interpreter) + f'import {module}, helion; from unittest import mock; patch_interpreter()'}
+from {module} import flash_attention
 q, k, v = torch.randn(3, 1, 2, 100, 64, device={DEVICE!r}, dtype=torch.float16)
 out, sdpa = flash_attention(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v)
 torch.testing.assert_close(out, sdpa, atol=2e-3, rtol=2e-3)
 ours = [m for m in sys.modules.values() if {str(HERE)!r} in str(getattr(m, "__file__", ""))]
 assert not ours and "check" not in sys.modules and "bench" not in sys.modules, ours
+if {where.startswith("beside")}:
+    import configs
+    assert configs.THEIRS
 """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as root:
+        Path(root, folder).mkdir(parents=True, exist_ok=True)
         for name in ("flash_attn.py", "configs.py"):
-            shutil.copy(HERE / name, folder)
-        Path(folder, "caller.py").write_text(script)
-        child = subprocess.run([sys.executable, "caller.py"], cwd=folder, capture_output=True, text=True)
+            shutil.copy(HERE / name, Path(root, folder))
+        if where == "package":
+            Path(root, "app/ops/use.py").write_text("from .flash_attn import flash_attention")
+            script += "import app.ops.use\n"
+        if where == "beside a package":
+            Path(root, "configs").mkdir()
+            Path(root, "configs/__init__.py").write_text("THEIRS = True")
+        if where == "beside a module":
+            Path(root, "configs.py").write_text("THEIRS = True")
+        Path(root, "caller.py").write_text(script)
+        child = subprocess.run([sys.executable, "caller.py"], cwd=root, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr.strip()[-500:]
     return "runs there"
 
@@ -497,7 +879,7 @@ CLAIMS = {
     ("autotuned", 90): ("mma", 0, math.inf), ("autotuned", 100): ("mma", 0, math.inf),
     ("tma_persistent", 90): ("mma", 0, math.inf), ("tma_persistent", 100): ("mma", 0, math.inf),
     ("tile128", 90): ("wgmma", 1, math.inf), ("tile128", 100): ("tcgen05", 1, math.inf),
-    ("hopper", 90): ("wgmma", 0, 32), ("hopper_online", 90): ("wgmma", 0, 0),
+    ("hopper", 90): ("wgmma", 0, 32), ("general", 90): ("wgmma", 0, 0),
 }  # fmt: skip
 
 
@@ -521,8 +903,9 @@ def default_config(sm):
     return "all head dims fit, none spills" + (" data" if sm == 90 else "")
 
 
-def cases():
-    """[(function, arguments)], grouped so that one worker process compiles a group's kernel once."""
+def cases(draws):
+    """[(function, arguments)], grouped so that one worker process compiles a group's kernel once.
+    draws: how many random heads `search` tries for each config and dtype."""
     shared = (strided, large_logits, rising_scores, low_scores, huge_values, given_scale, identical_keys,
               not_finite, same_bits, every_element_written)  # fmt: skip
     # The slow ones first, so that no worker is left alone with them. sm_86 has the instructions of
@@ -531,22 +914,42 @@ def cases():
         yield [(default_config, (sm,))]
     for key in CLAIMS:
         yield [(cross_compile, key)]
+    for name, dtypes in (("hopper", ("bfloat16", "float16")), ("default", DTYPES)):
+        for dtype in dtypes:
+            # float32 does not round p, and only hopper has edges.
+            skip = {"float32": ["cancelling"]}.get(dtype, []) + ["edges"] * (name == "default")
+            kinds = [kind for kind in HARD if kind not in skip]
+            searches = [(search, (name, dtype, draws))] * (draws > 0)
+            yield [(hard_rows, (name, kind, dtype)) for kind in kinds] + searches
+            yield [(hard_rows, (name, "many_keys", dtype))]
     for name in NAMED:
         yield [(case, (name,)) for case in shared]
-        warps = name == "hopper"  # which takes no float32 and no D = 256
-        dims = (16, 64, 128) if warps else (16, 64, 128, 256)
+        # hopper takes no float32 and no D = 256
+        dims = (16, 64, 128) if name == "hopper" else (16, 64, 128, 256)
         for dtype in ("bfloat16", "float16"):
             yield [(random_input, (name, (1, 2, 129, dim), dtype, 300)) for dim in dims]
-        yield [(random_input, (name, (1, 2, 64, dim), "float32", 150)) for dim in (16, 64, 128) if not warps]
+        yield [(random_input, (name, (1, 2, 64, dim), "float32", 150)) for dim in (16, 64, 128) if name != "hopper"]
         yield [(random_input, (name, (2, 1, n, D))) for n in (1, 17, 128, 129, 300)]
         yield [(random_input, (name, (1, 3, 300, D), "bfloat16", keys)) for keys in (1, 129, 520)]
     yield [(random_input, ("default", (1, 2, 100, dim), dtype)) for dim in (32, 256) for dtype in DTYPES]
+    for name in ("hopper", "general", "default"):
+        for dtype in DTYPES if name == "default" else ("bfloat16", "float16"):
+            yield [(causal, (name, kind, dtype)) for kind in CAUSAL]
+        yield [(lengths, (name,)), (empty, (name,))]
+        if GPU:
+            yield [(large_tensor, (name,))]
     yield [(bad_input, (name,)) for name in (
         "rank", "batch", "heads", "head dim", "length of v", "mixed dtype", "dtype", "unsupported head dim",
-        "device", "empty", "requires grad", "not a tensor", "scale", "config",
+        "device", "gqa", "is_causal", "requires grad", "not a tensor", "scale", "config",
         "config for 16 bits", "cpu")]  # fmt: skip
-    yield [(copied_files, ())] + [(report_arithmetic, (name,)) for name in PUBLISHED]
+    if not GPU:
+        yield [(interpreter_rounds, ())]
+    for where in ("folder", "package", "beside a package", "beside a module"):
+        yield [(copied_files, (where,))]
+    yield [(report_arithmetic, (name,)) for name in PUBLISHED]
     if GPU:
+        yield [(threads, ())]
+        yield [(capture, ())]
         for name in PUBLISHED:
             yield [(report_shape, (name, row[0])) for row in PUBLISHED[name]]
         yield [(report_shape, ("hopper", row[0])) for row in PUBLISHED["tile128"]]
@@ -572,19 +975,21 @@ def run(group):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-k", metavar="TEXT", default="", help="run only the cases whose name has TEXT in it")
+    parser.add_argument("--search", metavar="N", type=int, default=64, help="random heads per config and dtype")
     parser.add_argument("--compile", metavar="JSON", help=argparse.SUPPRESS)  # see compile_in_child
     args = parser.parse_args()
     if args.compile:
-        for config, sm, head_dim, dtype in json.loads(args.compile):
+        for (*plan, config), sm, head_dim, dtype in json.loads(args.compile):
+            config = helion.Config.from_json(config)
             try:
-                code = machine_code(helion.Config.from_json(config), sm, head_dim, dtype)
+                code = machine_code(configs.Plan(*plan, config) if plan else config, sm, head_dim, dtype)
             except Exception as error:
                 code = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"}
             print("CODE", json.dumps(code), flush=True)
         return 0
     print(f"on {torch.cuda.get_device_name() if GPU else 'the CPU, through Triton`s interpreter'}, "
           f"torch {torch.__version__}, helion {importlib.metadata.version('helion')}", flush=True)  # fmt: skip
-    groups = [[case for case in group if args.k in label(case)] for group in cases()]
+    groups = [[case for case in group if args.k in label(case)] for group in cases(args.search)]
     passed = failed = 0
     workers = min(16, os.cpu_count() or 1)
     context = multiprocessing.get_context("spawn")

@@ -3,6 +3,8 @@
 First the three configurations of the published report (NVIDIA B200, bf16, 2026-01-24), then what
 this project chose itself. Nothing here needs a GPU.
 """
+import typing
+
 import torch
 import torch._inductor.runtime.triton_compat as triton_compat
 
@@ -58,57 +60,62 @@ CONFIGS = {"autotuned": AUTOTUNED, "tma_persistent": TMA_PERSISTENT, "tile128": 
 
 # ---- Chosen here ---------------------------------------------------------------------------------
 
-# Hopper, bf16 and fp16, D up to 128, measured on an H200 for D = 128. Two block sizes, [query, key],
-# and warp specialisation: these drive `hopper_kernel`, with the memory operations [load v, k; the
-# last v; store todo, out]. One warpgroup loads, two compute 64 rows each. maxnreg is what each of 12
-# warps can have; Triton then moves registers from the loading ones to the others. One program per
-# SM, which requests what the next tile needs while it computes this one; the programs of a moment
-# work on a few heads, whose K and V L2 holds. Two stages of K and V and one of q and of the last V
-# fill shared memory. Descriptors for TMA are made on the host, where they cost the GPU nothing.
-HOPPER = helion.Config(
-    block_sizes=[128, 128],
+
+class Plan(typing.NamedTuple):
+    """A kernel of flash_attn.py by name, "hopper" or "general", and what it is compiled with."""
+
+    kernel: str
+    block_m: int  # queries a tile
+    block_n: int  # keys a tile
+    config: helion.Config
+
+
+# Hopper, bf16 and fp16, D up to 128, measured for D = 64 and 128. The memory operations are [load v,
+# k, the last v; store lse, out]. Warp specialisation: one warpgroup loads, two compute 64 rows each.
+# maxnreg is what each of 12 warps can have; Triton then moves registers from the loading ones to the
+# others. One program per SM, which requests what the next tile needs while it computes this one. Two
+# stages of K and V and one of q and of the last V fill shared memory. Descriptors for TMA are made on
+# the host, where they cost the GPU nothing.
+HOPPER = Plan("hopper", 128, 128, helion.Config(
     host_tensor_descriptors=True,
     indexing=["tensor_descriptor"] * 3 + ["pointer"] * 2,
-    loop_orders=[[1, 0]],
     maxnreg=168,
     num_stages=2,  # Triton 3.7 does not specialise with fewer
     num_warps=4,
     pid_type="persistent_interleaved",
     range_num_stages=[1, 2],
     range_warp_specializes=[None, True],
-)
-# Two block sizes without: `online_kernel`, for the rows that hopper_kernel leaves to do, for no more
-# keys than one tile, and for D = 256, whose accumulator leaves registers for half the keys.
-HOPPER_ONLINE = helion.Config(
-    block_sizes=[128, 128], loop_orders=[[1, 0]], num_stages=2, num_warps=8
-)
-HOPPER_D256 = helion.Config(**{**HOPPER_ONLINE.config, "block_sizes": [128, 64]})
+))  # fmt: skip
 
 
-def _pointer(block_sizes, num_warps, num_stages):
-    """A config for `attention_kernel` on any GPU: [batch*head, query, key], pointer loads."""
-    return helion.Config(
-        block_sizes=block_sizes, loop_orders=[[1, 0]], num_stages=num_stages, num_warps=num_warps
-    )
+def _general(block_m, block_n, num_warps, num_stages):
+    """The general kernel, any GPU. Programs walk the query tiles of one head before the next head."""
+    return Plan("general", block_m, block_n, helion.Config(
+        loop_orders=[[1, 0]], num_stages=num_stages, num_warps=num_warps))  # fmt: skip
 
+
+# What hopper_kernel leaves to do, and what it does not take: no more keys than one tile, and D = 256,
+# whose accumulator leaves registers for half the keys.
+HOPPER_GENERAL = _general(128, 128, 8, 2)
+HOPPER_D256 = _general(128, 64, 8, 2)
 
 # The rest is not measured but chosen by its machine code: for each head dim tiles that fit in shared
 # memory and do not spill (`python check.py -k default` compiles them again).
 # sm_100: the report's best tiles with 8 warps, which do not spill where its 4 do.
-BLACKWELL = {d: _pointer([1, 128, 128], 8, 2) for d in (16, 32, 64, 128)}
-BLACKWELL[256] = _pointer([1, 128, 32], 8, 2)
+BLACKWELL = {d: _general(128, 128, 8, 2) for d in (16, 32, 64, 128)}
+BLACKWELL[256] = _general(128, 32, 8, 2)
 # sm_80 and the consumer chips sm_86, sm_89, sm_120, which have 100 KiB of shared memory per SM.
-AMPERE = {d: _pointer([1, 128, 64], 4, 3) for d in (16, 32, 64)}
-AMPERE[128] = _pointer([1, 64, 32], 4, 2)
-AMPERE[256] = _pointer([1, 64, 32], 8, 2)
+AMPERE = {d: _general(128, 64, 4, 3) for d in (16, 32, 64)}
+AMPERE[128] = _general(64, 32, 4, 2)
+AMPERE[256] = _general(64, 32, 8, 2)
 # float32: three tf32 products for each and twice the bytes, so small tiles. D = 256 still spills a
 # few registers.
-FLOAT32 = {d: _pointer([1, 32, 32], 4, 2) for d in (16, 32, 64, 128)}
-FLOAT32[256] = _pointer([1, 16, 16], 4, 1)
+FLOAT32 = {d: _general(32, 32, 4, 2) for d in (16, 32, 64, 128)}
+FLOAT32[256] = _general(16, 16, 4, 1)
 
 
 def best(capability, head_dim, dtype, length):
-    """The helion.Config to run when the caller names none.
+    """The Plan to run when the caller names none.
 
     capability: (major, minor) as torch.cuda.get_device_capability gives it, or None on a CPU.
     head_dim: 16, 32, 64, 128 or 256. dtype: the torch.dtype of q, k and v. length: how many keys.
@@ -118,7 +125,7 @@ def best(capability, head_dim, dtype, length):
     if capability == (9, 0):
         if head_dim == 256:
             return HOPPER_D256
-        return HOPPER if length > 128 else HOPPER_ONLINE
+        return HOPPER if length > 128 else HOPPER_GENERAL
     if capability is not None and capability[0] == 10:
         return BLACKWELL[head_dim]
     return AMPERE[head_dim]

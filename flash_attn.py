@@ -9,186 +9,419 @@ The algorithm is FlashAttention-2 (Dao, arXiv:2307.08691): one tile of queries w
 and keeps the running maximum m_i, the running sum l_i and the unnormalised output acc of its rows.
 The exponentials are in base 2, which is the one that the hardware has.
 """
+import functools
+import importlib.util
 import math
 import os
+import sys
+import threading
 
 import torch
+from torch.nn.attention.bias import CausalVariant
 
-import configs  # first: it makes helion importable on older torch
+# configs.py beside this file, whatever else is called configs where the two are copied to. It comes
+# before helion, which it makes importable on older torch.
+_spec = importlib.util.spec_from_file_location(
+    f"{__name__}_configs", os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs.py")
+)
+configs = sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(configs)
+
 import helion
 import helion.language as hl
+import triton
 from helion.language import loops
+from triton.runtime import _allocation
 
 LOG2E = 1.4426950408889634  # log2(e): exp(x) = 2^(x log2(e))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (16, 32, 64, 128, 256)
-REDO_ROWS = 512  # how many rows of hopper_kernel one program of online_kernel looks after
+REDO_ROWS = 512  # how many rows of hopper_kernel one program of general_kernel looks after
 
 
-def online_softmax(qk, m_i, l_i, qk_scale):
-    """Fold one tile of raw scores into the running softmax of its rows.
-
-    qk: [..., rows, keys] float32. m_i, l_i: [..., rows] float32, maximum and sum so far.
-    Returns p, the tile's unnormalised probabilities; alpha, by which everything summed up before
-    has to shrink; and the new m_i, l_i. The scale is applied here, in float32: on q in bf16 it
-    would round every logit once more than SDPA does. `qk * qk_scale - m` is one FMA.
-    """
-    m_ij = torch.maximum(m_i, torch.amax(qk, -1) * qk_scale)
-    p = torch.exp2(qk * qk_scale - m_ij.unsqueeze(-1))
-    alpha = torch.exp2(m_i - m_ij)
-    return p, alpha, m_ij, l_i * alpha + torch.sum(p, -1)
+# ---- The kernels ---------------------------------------------------------------------------------
+# torch.exp2 and torch.log2 are library calls to Triton, which its warp specialisation does not take.
 
 
-# "tf32x3": float32 inputs are multiplied as three tf32 products each, which keeps float32's
-# precision on tensor cores. It does not touch bf16 and fp16.
+def scalar(expression, *args):
+    """An int32 by a line of Triton: run-time integers of Helion's own grow into long expressions."""
+    return hl.inline_triton(expression, args=args, output_like=hl.zeros([], dtype=torch.int32))
+
+
+def quotient(x, y):
+    """x // y for 0 <= x < 2^20, by float32: an integer division takes some 150 cycles."""
+    return scalar("(({0} + 0.5) * (1.0 / {1})).to(tl.int32)", x, y)
+
+
+def exp2(x):
+    return hl.inline_triton("tl.exp2({0})", args=(x,), output_like=x)
+
+
+def log2(x):
+    return hl.inline_triton("tl.log2({0})", args=(x,), output_like=x)
+
+
+def round_to_bf16(p):
+    """p: float32, rounded to the nearest bfloat16 and still float32. Two elements an instruction:
+    `p.to(torch.bfloat16)` would become one conversion each where its result is widened again."""
+    return hl.inline_triton(
+        "tl.inline_asm_elementwise('{{.reg .b32 t; cvt.rn.bf16x2.f32 t, $3, $2; shl.b32 $0, t, 16;"
+        " and.b32 $1, t, 0xffff0000;}}', '=r,=r,r,r', [{0}], dtype=tl.float32, is_pure=True, pack=2)",
+        args=(p,),
+        output_like=p,
+    )
+
+
 @helion.kernel(static_shapes=True, dot_precision="tf32x3")
 def attention_kernel(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, qk_scale: hl.constexpr
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, qk_scale: hl.constexpr
 ) -> torch.Tensor:
-    """The canonical loop. q: [B, H, M, D]; k, v: [B, H, N, D]; qk_scale: scale * log2(e)."""
-    B, H, M, D = q.size()
-    N = k.size(2)
+    """The report's kernel: the canonical loop on 3-D tiles, dense, compiled for each shape as there.
+
+    q, out: [B * H, M, D]; k, v: [B * H, N, D]; qk_scale: scale * log2(e).
+    """
+    BH, M, D = q.size()
+    N = k.size(1)
     D = hl.specialize(D)
-    q_bh, k_bh, v_bh = q.reshape(B * H, M, D), k.reshape(B * H, N, D), v.reshape(B * H, N, D)
-    out = torch.empty([B * H, M, D], dtype=q.dtype, device=q.device)
-    for tile_b, tile_m in hl.tile([B * H, M]):
+    for tile_b, tile_m in hl.tile([BH, M]):
         m_i = hl.full([tile_b, tile_m], float("-inf"), dtype=torch.float32)
         l_i = hl.zeros([tile_b, tile_m], dtype=torch.float32)
         acc = hl.zeros([tile_b, tile_m, D], dtype=torch.float32)
-        q_tile = q_bh[tile_b, tile_m, :]
+        q_tile = q[tile_b, tile_m, :]
         for tile_n in hl.tile(N):
-            k_tile = k_bh[tile_b, tile_n, :]
-            qk = torch.bmm(q_tile, k_tile.transpose(1, 2), torch.float32)
-            p, alpha, m_i, l_i = online_softmax(qk, m_i, l_i, qk_scale)
+            k_tile = k[tile_b, tile_n, :]
+            qk = torch.bmm(q_tile, k_tile.transpose(1, 2), torch.float32) * qk_scale
+            m_ij = torch.maximum(m_i, torch.amax(qk, -1))
+            p = torch.exp2(qk - m_ij[:, :, None])
+            alpha = torch.exp2(m_i - m_ij)
+            l_i = l_i * alpha + torch.sum(p, -1)
+            m_i = m_ij
             acc = acc * alpha[:, :, None]
-            v_tile = v_bh[tile_b, tile_n, :]
+            v_tile = v[tile_b, tile_n, :]
             acc = torch.baddbmm(acc, p.to(v_tile.dtype), v_tile)
         acc = acc * (1 / l_i)[:, :, None]  # one division a row instead of one an element
         out[tile_b, tile_m, :] = acc.to(out.dtype)
-    return out.view(B, H, M, D)
+    return out
 
 
-# The warnings would be about q.reshape, which only the wrapper of the kernel runs.
-@helion.kernel(static_shapes=True, ignore_warnings=[helion.exc.TensorOperationInWrapper])
-def hopper_kernel(
+def _hopper_kernel(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    qk_scale: hl.constexpr,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    qk_scale: float,
+    diagonal: int,
+    programs: int,
+    paired: int,
+    block_m: hl.constexpr,
     block_n: hl.constexpr,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax without its maximum, in the order that keeps Hopper's tensor cores busy.
+    masked: hl.constexpr,
+    online: hl.constexpr,
+) -> torch.Tensor:
+    """Flash attention in the order that keeps Hopper's tensor cores busy, for tensors that TMA reads.
 
-    Without the maximum: softmax is the same whatever number is subtracted from a row's scores; the
-    maximum only keeps 2^x in range. Here 0 is subtracted, so that the loop has no maximum to find
-    and nothing to rescale, and a row whose numbers left their range is marked in `todo`.
     The order: an iteration issues the product of the *previous* tile's p and v behind q k^T of this
     tile, and the exponentials of this tile run while the tensor cores work on it (FlashAttention-3,
     section 3.2, arXiv:2407.08608). So the first p is 0, and the last p v comes after the loop.
     The warps (section 3.1): `range_warp_specializes` in the Config makes Triton give one warpgroup
     the loads, and each of two others half of the rows. Neither waits for the other, so q k^T of one
     runs under the exponentials of the other.
+    The tiles: program p takes every programs-th of them. paired, where rows see different numbers of
+    keys: it takes tile i from a head's end, then tile i from its start, which cost the same together.
 
-    q: [B, H, M, D]; k, v: [B, H, N, D] for TMA (see _for_tma), bfloat16 or float16, D up to 128.
-    block_n: the key tile. Returns out: [B, H, M, D] and todo: [B, H, M] int32, 1 for a row to redo.
+    online: with the running maximum, as FlashAttention does. float16 needs it, whose exponents are few.
+    Otherwise, bfloat16, the maximum is left out. Softmax is the same whatever number is subtracted
+    from a row's scores; here it is -offset, so that the loop has no maximum to find and nothing to
+    rescale. A row whose numbers leave their range gets lse NaN, and general_kernel computes it again.
+    That test is sufficient: with the maximum subtracted, the largest p of a row is 1, and what is
+    below 2^-126 is lost. Here l_i >= visible keys, so the largest p is at least 1, too, and what is
+    lost is no larger beside it, for any v. A p, sum or product beyond 2^128 leaves an inf or NaN in
+    l_i or in acc. In between all is relative: p, exp2's argument and the sums round as they do there.
+
+    diagonal: row i sees keys up to i + diagonal. masked: more than the last tile of keys has some that
+    a row must not see. In the last tile they are masked after the loop, where its p is multiplied.
     """
+    ln2, lowest = 0.6931471805599453, -3e38  # lowest is finite: -inf - -inf would be NaN
+    offset = 40.0
+    shift = 15.0  # float16: p up to 2^15, so that small ones are not below its least number
     B, H, M, D = q.size()
-    N = k.size(2)
+    Hk, N = k.size(1), k.size(2)
     D = hl.specialize(D)
-    q_rows = q.reshape(B * H * M, D)
-    # l_i has to sum what the tensor cores multiply, p in v's precision: else a row of one key would
-    # not get its v. Cut, not rounded: that is one instruction, and its bias is in acc and l_i alike.
-    mask = -(2**13) if v.dtype == torch.float16 else -(2**16)
-    # With a smaller row sum p may have lost bits: float16 has fewer exponents than float32.
-    low = 1.0 if v.dtype == torch.float16 else 2.0**-100
-    out = torch.empty([B, H, M, D], dtype=q.dtype, device=q.device)
-    todo = torch.empty([B, H, M], dtype=torch.int32, device=q.device)
-    for tile_b, tile_m in hl.tile([B * H, M], block_size=[1, None]):
-        b, h = tile_b.begin // H, tile_b.begin % H  # scalars: 2-D tiles of any [B, H] strides
-        l_i = hl.zeros([tile_m], dtype=torch.float32)
-        acc = hl.zeros([tile_m, D], dtype=torch.float32)
-        p = hl.zeros([tile_m, block_n], dtype=torch.float32)
-        # Each computing warpgroup has its own half of q, and Triton halves a descriptor with its tile
-        # only where the kernel made it. Helion makes all of them there or none, so this one is made
-        # by hand. Rows beyond M are the next head's, and what comes of them is not stored.
+    # q as one matrix with q's row stride: where b and h begin. TMA takes no more where halves of a tile
+    # go to two warpgroups. Divided here, since Triton does not move a division out of a loop.
+    stride_b, stride_h, stride_m = q.stride(0), q.stride(1), q.stride(2)
+    row_b, row_h = stride_b // stride_m, stride_h // stride_m
+    column_b, column_h = stride_b % stride_m, stride_h % stride_m
+    q_rows = (B - 1) * row_b + (H - 1) * row_h + M
+    q_columns = (B - 1) * column_b + (H - 1) * column_h + D
+    blocks = (M + block_m - 1) // block_m
+    some = (blocks + paired) // (1 + paired)
+    group = H // Hk
+    items = B * H * some
+    rounds = (items + programs - 1) // programs * (1 + paired)
+    hl.pdl_wait()
+    hl.pdl_launch_dependents()  # general_kernel, which waits
+    for w in hl.grid(rounds * programs):
+        turn = quotient(w, programs)
+        second = scalar("{0} & {1}", turn, paired)
+        item = scalar("({0} >> {1}) * {2} + {3} - {0} * {2}", turn, paired, programs, w)
+        bh = quotient(item, some)
+        place = scalar("{0} - {1} * {2}", item, bh, some)
+        live = scalar("(({0} < {1}) & ({2} * (2 * {3} + 1) != {4})).to(tl.int32)",
+                      item, items, second, place, blocks)  # fmt: skip
+        tile = scalar("{0} + (1 - {1}) * ({2} - 1 - 2 * {0})", place, second, blocks)
+        b = quotient(bh, H)
+        h = scalar("{0} - {1} * {2}", bh, b, H)
+        hk = quotient(h, group)
+        # Triton shifts the row of q's descriptor for the second half of a tile, and with it all that
+        # uses this very value: so the rows of out are counted from the tile's end.
+        rows = (tile + 1) * block_m + (hl.arange(block_m) - block_m)
+        last = torch.clamp(rows + diagonal, max=N - 1)  # the last key that a row sees
+        end = scalar("tl.cdiv(tl.minimum({0}, tl.maximum(0, ({1} + 1) * {2} + {3})), {4}) * {4} * {5}",
+                     N, tile, block_m, diagonal, block_n, live)  # fmt: skip
+        m_i = hl.full([block_m], lowest, dtype=torch.float32)
+        l_i = hl.zeros([block_m], dtype=torch.float32)
+        acc = hl.zeros([block_m, D], dtype=torch.float32)
+        p = hl.zeros([block_m, block_n], dtype=torch.float32)
+        # Made in the kernel: only such a descriptor is halved with its tile. Rows beyond M are not stored.
+        row = scalar("{0} * {1} + {2} * {3} + {4} * {5}", b, row_b, h, row_h, tile, block_m)
+        column = scalar("{0} * {1} + {2} * {3}", b, column_b, h, column_h)
         q_tile = hl.inline_triton(
-            "tl.make_tensor_descriptor({0}, [{1}, {2}], [{2}, 1], [{3}, {2}]).load([{4}, 0])",
-            args=(q_rows, B * H * M, D, tile_m.block_size, tile_b.begin * M + tile_m.begin),
-            output_like=hl.zeros([tile_m, D], dtype=q.dtype),
+            "tl.make_tensor_descriptor({0}, [{1}, {2}], [{3}, 1], [{4}, {5}]).load([{6}, {7}])",
+            args=(q, q_rows, q_columns, stride_m, block_m, D, row, column),
+            output_like=hl.zeros([block_m, D], dtype=q.dtype),
         )
-        for tile_n in hl.tile(N, block_size=block_n):
+        for n in hl.grid(0, end, block_n):
             # The previous tile; for the first one, which has none, itself, times the p of 0.
-            back = (tile_n.begin + N - 1) // N * -block_n
-            v_tile = v[b, h, tile_n.index + back, :]
-            qk = hl.dot(q_tile, k[b, h, tile_n, :].T, out_dtype=torch.float32)
+            back = scalar("tl.maximum({0} - {1}, 0)", n, block_n)
+            v_tile = v[b, hk, back + hl.arange(block_n), :]
+            qk = hl.dot(q_tile, k[b, hk, n + hl.arange(block_n), :].T, out_dtype=torch.float32)
+            visible = hl.arange(block_n)[None, :] <= (last - n)[:, None]
+            if online:
+                if masked:
+                    qk = torch.where(visible, qk, float("-inf"))
+                m_ij = torch.maximum(m_i, torch.amax(qk, -1) * qk_scale)
+                alpha = exp2(m_i - m_ij)
+                m_i = m_ij
+                x = qk * qk_scale - (m_ij - shift)[:, None]
+            else:
+                x = qk * qk_scale + offset
+                if masked:
+                    x = torch.where(visible, x, float("-inf"))
+            # The mask before this product and the exponentials behind it: else they do not overlap.
             acc = hl.dot(p.to(v.dtype), v_tile, acc=acc)
-            x = qk * qk_scale
-            if N % block_n != 0:
-                x = torch.where((tile_n.index < N)[None, :], x, float("-inf"))
-            # torch.exp2 is a library call to Triton, which its warp specialisation does not take.
-            p = hl.inline_triton("tl.exp2({0})", args=(x,), output_like=x)
-            p = (p.view(torch.int32) & mask).view(torch.float32)
-            l_i = l_i + torch.sum(p, -1)
-        for tile_n in hl.tile((N - 1) // block_n * block_n, N, block_size=block_n):
-            acc = hl.dot(p.to(v.dtype), v[b, h, tile_n, :], acc=acc)
-        top = torch.amax(torch.abs(acc), -1)  # NaN if one is NaN
-        fits = (l_i >= low) & (l_i < float("inf")) & (top < float("inf"))
-        todo[b, h, tile_m] = torch.where(fits, 0, 1)
-        out[b, h, tile_m, :] = (acc * (1 / l_i)[:, None]).to(out.dtype)
-    return out, todo
+            p = exp2(x)
+            if online:
+                l_i = l_i * alpha + torch.sum(p, -1)
+                acc = acc * alpha[:, None]
+            else:
+                # l_i has to sum what the tensor cores multiply: else a row of one key would not get
+                # exactly its v. To nearest: a cut would move all that cancels to one side.
+                p = round_to_bf16(p)
+                l_i = l_i + torch.sum(p, -1)
+        if not online and not masked:
+            visible = hl.arange(block_n)[None, :] <= (last - (end - block_n))[:, None]
+            others = torch.where(end > block_n, l_i - torch.sum(p, -1), 0.0)
+            p = torch.where(visible, p, 0.0)
+            l_all, l_i = l_i, others + torch.sum(p, -1)
+            # What was masked here was in l_all, whose rounding is in `others`, unless there are none.
+            exact = (end <= block_n) | (l_i * 2**12 >= l_all)
+        acc = hl.dot(p.to(v.dtype), v[b, hk, end - block_n + hl.arange(block_n), :], acc=acc)
+        if online:
+            lse_tile = (m_i - shift + log2(l_i)) * ln2
+        else:
+            top = torch.amax(torch.abs(acc), -1)  # NaN if one is NaN
+            fits = (l_i >= last + 1) & (l_i < float("inf")) & (top < float("inf"))
+            if not masked:
+                fits = fits & exact
+            lse_tile = torch.where(fits, (log2(l_i) - offset) * ln2, float("nan"))
+        inverse = torch.where(last < 0, 0.0, 1 / l_i)  # rows that see nothing are 0
+        stored = (rows < M) & (live > 0)
+        hl.store(lse, [b, h, rows], lse_tile, extra_mask=stored)
+        out_tile = (acc * inverse[:, None]).to(out.dtype)
+        b, h = b.to(torch.int64), h.to(torch.int64)
+        hl.store(out, [b, h, rows[:, None], hl.arange(D)[None, :]], out_tile, extra_mask=stored[:, None])
+    return out
 
 
-@helion.kernel(static_shapes=True, dot_precision="tf32x3")
-def online_kernel(
+def _general_kernel(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     out: torch.Tensor,
-    todo: torch.Tensor,
-    qk_scale: hl.constexpr,
+    lse: torch.Tensor,
+    qk_scale: float,
+    diagonal: int,
+    block_m: hl.constexpr,
     block_n: hl.constexpr,
     group: hl.constexpr,
 ) -> torch.Tensor:
-    """The canonical loop on 2-D tiles of any strides, for those rows of out that are still to do.
+    """The canonical loop on 2-D tiles, for any GPU, any strides and any case.
 
-    todo: [B, H, M] int32. Where a group of `group` rows has none but zeros nothing is done.
+    group: how many rows a program looks after. If they are more than block_m, it computes them only
+    where one of them has lse NaN.
+    diagonal: row i sees keys up to i + diagonal.
     """
+    ln2, lowest = 0.6931471805599453, -3e38  # lowest is finite: -inf - -inf would be NaN
     B, H, M, D = q.size()
-    N = k.size(2)
+    Hk, N = k.size(1), k.size(2)
     D = hl.specialize(D)
+    hl.pdl_wait()  # from sm_90 on it is launched while the kernel before it ends
     for tile_b, tile_g in hl.tile([B * H, M], block_size=[1, group]):
         b, h = tile_b.begin // H, tile_b.begin % H
-        end = tile_g.begin + torch.amax(todo[b, h, tile_g]) * (tile_g.end - tile_g.begin)
-        for tile_m in hl.tile(tile_g.begin, end):
-            m_i = hl.full([tile_m], float("-inf"), dtype=torch.float32)
+        hk = h // (H // Hk)
+        if group > block_m:
+            marks = lse[b, h, tile_g]
+            some = torch.amax(torch.where(marks == marks, 0, 1))
+            stop = tile_g.begin + some * (tile_g.end - tile_g.begin)
+        else:
+            stop = tile_g.end
+        for tile_m in hl.tile(tile_g.begin, stop, block_size=block_m):
+            last = torch.clamp(tile_m.index + diagonal, max=N - 1)  # the last key that a row sees
+            end = scalar("tl.minimum({0}, tl.maximum(0, {1} + {2}))", N, tile_m.begin + block_m, diagonal)
+            m_i = hl.full([tile_m], lowest, dtype=torch.float32)
             l_i = hl.zeros([tile_m], dtype=torch.float32)
             acc = hl.zeros([tile_m, D], dtype=torch.float32)
             q_tile = q[b, h, tile_m, :]
-            for tile_n in hl.tile(N, block_size=block_n):
-                qk = hl.dot(q_tile, k[b, h, tile_n, :].T, out_dtype=torch.float32)
-                if N % block_n != 0:  # a score of 0 where no key is could be far above the others
-                    qk = torch.where((tile_n.index < N)[None, :], qk, -3e38)  # inf * scale 0 is NaN
-                p, alpha, m_i, l_i = online_softmax(qk, m_i, l_i, qk_scale)
-                acc = acc * alpha[:, None]
-                acc = hl.dot(p.to(v.dtype), v[b, h, tile_n, :], acc=acc)
-            out[b, h, tile_m, :] = (acc * (1 / l_i)[:, None]).to(out.dtype)
+            for n in hl.grid(0, end, block_n):
+                keys = n + hl.arange(block_n)
+                k_tile = hl.load(k, [b, hk, keys, slice(None)], extra_mask=(keys < N)[:, None])
+                qk = hl.dot(q_tile, k_tile.T, out_dtype=torch.float32)
+                qk = torch.where(keys[None, :] <= last[:, None], qk * qk_scale, float("-inf"))
+                # The scale is applied here, in float32: on q in bf16 it would round every logit's
+                # input once more than SDPA does.
+                m_ij = torch.maximum(m_i, torch.amax(qk, -1))
+                p = exp2(qk - m_ij[:, None])
+                alpha = exp2(m_i - m_ij)
+                l_i = l_i * alpha + torch.sum(p, -1)
+                m_i = m_ij
+                v_tile = hl.load(v, [b, hk, keys, slice(None)], extra_mask=(keys < N)[:, None])
+                acc = hl.dot(p.to(v.dtype), v_tile, acc=acc * alpha[:, None])
+            inverse = torch.where(last < 0, 0.0, 1 / l_i)  # rows that see nothing are 0
+            lse[b, h, tile_m] = (m_i + log2(l_i)) * ln2
+            out[b, h, tile_m, :] = (acc * inverse[:, None]).to(out.dtype)
     return out
 
 
-def _check(q, k, v, scale):
+# ---- The launch ----------------------------------------------------------------------------------
+# helion 1.5.1 offers warp specialisation on sm_100 and up only, though Triton does it for sm_90, too:
+# here it is offered to hopper_kernel, and to others as before.
+_binding = threading.local()
+_offered = loops._supports_warp_specialize
+loops._supports_warp_specialize = lambda: getattr(_binding, "hopper", False) or _offered()
+
+# "tf32x3": float32 inputs are multiplied as three tf32 products each, which keeps float32's precision
+# on tensor cores. It does not touch bf16 and fp16. index_dtype: what tensors of 2^31 elements need.
+_kernel = functools.partial(helion.kernel, static_shapes=False, dot_precision="tf32x3")
+hopper_kernel = _kernel(_hopper_kernel)
+general_kernel = _kernel(_general_kernel)
+general_kernel_64 = _kernel(_general_kernel, index_dtype=torch.int64)
+
+CALLS = 1024  # how many prepared calls are kept
+_lock = threading.RLock()
+_compiled = {}  # {(kernel, plan, constants, dtype, head dim, device, aligned): Triton's kernel}
+_calls = {}  # {all that a call depends on but its data: function of q, k, v}
+
+
+@functools.lru_cache(CALLS)
+def _bind(kernel, config, constants, dtype, head_dim, device):
+    """Helion's host function for a kernel. What it is bound with has sizes and strides that follow
+    from nothing else, so that the code depends on none of them."""
+    empty = functools.partial(torch.empty_strided, device=device)
+    some = lambda h, n: empty(
+        (2, h, n, head_dim), ((h + 1) * (n + 8) * 2 * head_dim, (n + 8) * 2 * head_dim, 2 * head_dim, 1), dtype=dtype
+    )
+    lse = empty((2, 4, 384), (5 * 392, 392, 1))
+    numbers = (0.5, 3, 5, 7) if kernel is hopper_kernel else (0.5, 3)
+    arguments = some(4, 384), some(2, 512), some(2, 512), some(4, 384), lse, *numbers, *constants
+    _binding.hopper = kernel is hopper_kernel
+    try:  # Helion looks at the arguments again when it compiles
+        return kernel.bind(arguments).compile_config(config)
+    finally:
+        _binding.hopper = False
+
+
+def _prepare(kernel, config, numbers, constants):
+    """The launch of a kernel as a function of q, k, v, out, lse, always with the same strides.
+
+    Its first call goes through Helion's host function and remembers what that launches. Later ones
+    put their tensors in place of the first ones among the launch's arguments.
+    """
+    compiled = grid = args = places = device = None
+
+    def first(kind, triton_kernel, all_programs, *arguments, **options):
+        nonlocal compiled, grid, args
+        aligned = kind[-1]
+        compiled = _compiled.get(kind)
+        if compiled is not None:
+            compiled[(*all_programs, 1, 1)[:3]](*arguments)
+        elif not isinstance(triton_kernel, triton.JITFunction):  # the interpreter
+            helion.runtime.default_launcher(triton_kernel, all_programs, *arguments, **options)
+        else:
+            # Integers are compiled in as multiples of 16 only where they are strides, and never as 1.
+            plain = [
+                p.name for p, x in zip(triton_kernel.params, arguments)
+                if isinstance(x, int) and not p.is_constexpr and not (aligned and "stride" in p.name)
+            ]  # fmt: skip
+            own = triton.jit(triton_kernel.fn, do_not_specialize=plain)
+            compiled = helion.runtime.default_launcher(own, all_programs, *arguments, **options)
+            if kernel is not general_kernel_64:  # whose strides may need 32 or 64 bits
+                _compiled[kind] = compiled
+        grid, args = (*all_programs, 1, 1)[:3], list(arguments)
+
+    def launch(*tensors):
+        nonlocal compiled, places, device
+        if places is None:
+            q = tensors[0]
+            device = q.device.index
+            aligned = all(
+                x.stride(3) == 1 and x.data_ptr() % 16 == 0 and not any(s % 16 for s in x.stride()[:3])
+                for x in tensors[:4]
+            )
+            kind = kernel, config, constants, q.dtype, q.size(3), q.device
+            if (*kind, aligned) not in _compiled and q.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError("this has to be compiled: call flash_attention so once before the capture")
+            run = _bind(*kind)
+            run(*tensors, *numbers, *constants, _launcher=functools.partial(first, (*kind, aligned)))
+            if compiled is None or kernel is general_kernel_64:
+                return
+            places = []
+            for i, x in enumerate(args):
+                base = getattr(x, "base", x)  # of a TMA descriptor
+                for j, tensor in enumerate(tensors):
+                    if base is tensor:
+                        fields = None if x is base else {**vars(x), "base": None}
+                        places.append((i, j, type(x), fields))
+                        args[i] = None
+            return
+        arguments = args.copy()
+        for i, j, kind, fields in places:
+            if fields is None:
+                arguments[i] = tensors[j]
+            else:
+                arguments[i] = descriptor = kind.__new__(kind)
+                descriptor.__dict__ = {**fields, "base": tensors[j]}
+        stream = triton.runtime.driver.active.get_current_stream(device)
+        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+
+    return launch
+
+
+def _check(q, k, v, is_causal, scale, enable_gqa, config):
     """Raise the TypeError or ValueError that flash_attention documents, or return nothing."""
     for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.dim() != 4:
             raise ValueError(f"{name} must be 4-D [B, H, S, D], got shape {tuple(x.shape)}")
         if x.dtype not in DTYPES:
             raise TypeError(f"{name}.dtype must be bfloat16, float16 or float32, got {x.dtype}")
-        if x.numel() == 0:
-            raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
         if x.dtype != q.dtype:
             raise TypeError(f"{name}.dtype must be q's {q.dtype}, got {x.dtype}")
         if x.device != q.device:
             raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
-        for dim, what in ((0, "batch size"), (1, "number of heads"), (3, "head dim")):
+        for dim, what in ((0, "batch size"), (3, "head dim")):
             if x.size(dim) != q.size(dim):
                 raise ValueError(
                     f"{name}'s {what} (size({dim})) must be q's {q.size(dim)}, got {x.size(dim)}"
@@ -200,10 +433,29 @@ def _check(q, k, v, scale):
             )
     if q.size(3) not in HEAD_DIMS:
         raise ValueError(f"q's head dim (size(3)) must be one of {HEAD_DIMS}, got {q.size(3)}")
-    if v.size(2) != k.size(2):
-        raise ValueError(f"v's length (size(2)) must be k's {k.size(2)}, got {v.size(2)}")
-    if not (math.isfinite(scale) and scale >= 0):
-        raise ValueError(f"scale must be finite and not negative, got {scale}")
+    H, Hk = q.size(1), k.size(1)
+    if not (H == Hk or enable_gqa and Hk > 0 and H % Hk == 0):
+        divides = "divide" if enable_gqa else "(without enable_gqa) be"
+        raise ValueError(f"k's number of heads (size(1)) must {divides} q's {H}, got {Hk}")
+    for dim, what in ((1, "number of heads"), (2, "length")):
+        if v.size(dim) != k.size(dim):
+            raise ValueError(f"v's {what} (size({dim})) must be k's {k.size(dim)}, got {v.size(dim)}")
+    if not isinstance(is_causal, (bool, CausalVariant)):
+        raise TypeError(f"is_causal must be a bool or a CausalVariant, got {is_causal!r}")
+    if not isinstance(scale, (float, int, type(None))):
+        raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    if not isinstance(config, (helion.Config, configs.Plan, type(None))):
+        raise TypeError(f"config must be a Config or Plan of configs.py, got {type(config).__name__}")
+    if isinstance(config, helion.Config) and (is_causal is not False or H != Hk):
+        raise ValueError("config is the report's, and its kernel is dense and has as many k as q heads")
+    if isinstance(config, configs.Plan) and config.kernel == "hopper" and (
+        q.dtype == torch.float32 or q.size(3) > 128
+    ):
+        raise ValueError(
+            f"config takes 16-bit floats and head dims up to 128, got {q.dtype} and {q.size(3)}"
+        )
     if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             f"q must be on a CUDA device, got {q.device}: to execute the kernel on the CPU, "
@@ -211,142 +463,152 @@ def _check(q, k, v, scale):
         )
 
 
-def _relaunch():
-    """A launcher for helion's generated code that takes Triton's own path only once.
-
-    That path works out anew at every call which compiled kernel the arguments want. Here it cannot
-    change: all that it depends on is in the key under which flash_attention keeps the launcher.
-    """
-    compiled = None
-
-    def launch(kernel, grid, *args, **options):
-        nonlocal compiled
-        if compiled is None:  # it stays None in the interpreter
-            compiled = helion.runtime.default_launcher(kernel, grid, *args, **options)
-        else:
-            compiled[(*grid, 1, 1)[:3]](*args)
-
-    return launch
-
-
-def select(config, qk_scale):
-    """What a config of configs.py stands for: the kernel, its arguments behind the tensors, and the
-    helion.Config that it takes. The key tile of the 2-D kernels is an argument."""
-    if len(config.block_sizes) == 3:
-        return attention_kernel, (qk_scale,), config
-    block_m, block_n = config.block_sizes
-    config_m = helion.Config(**{**config.config, "block_sizes": [block_m]})
-    if any(config.range_warp_specializes):
-        return hopper_kernel, (qk_scale, block_n), config_m
-    return online_kernel, (qk_scale, block_n, block_m), config_m
-
-
-def tensors_of(kernel, q, k, v):
-    """The tensors that a kernel takes: q, k, v, and if it makes no out, an out that is all to do."""
-    if kernel is not online_kernel:
-        return q, k, v
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    return q, k, v, out, torch.ones(q.shape[:3], dtype=torch.int32, device=q.device)
-
-
-def bind(kernel, arguments):
-    """kernel.bind, where hopper_kernel may be warp-specialised: Helion 1.5.1 offers that on sm_100
-    and up only, though Triton does it for sm_90, too."""
-    offered = loops._supports_warp_specialize
-    if kernel is hopper_kernel:
-        loops._supports_warp_specialize = lambda: True
-    try:
-        return kernel.bind(arguments)
-    finally:
-        loops._supports_warp_specialize = offered
-
-
-def _prepare(kernel, tensors, constants, config):
-    """The compiled kernel as a function of tensors like these."""
-    run, launcher = bind(kernel, (*tensors, *constants)).compile_config(config), _relaunch()
-    return lambda *tensors: run(*tensors, *constants, _launcher=launcher)
-
-
-def _for_tma(x):
-    """What tensors like x need before TMA reads them, whose rows have to be contiguous and to begin
-    at multiples of 16 bytes: a function, which returns them as they are or copies them."""
+def _readable_by_tma(x):
+    """Whether rows are contiguous and begin at multiples of 16 bytes."""
     starts = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:3]))
-    if x.stride(3) == 1 and min(starts) > 0 and not any(start % 16 for start in starts):
-        return lambda x: x
-    return lambda x: x.clone(memory_format=torch.contiguous_format)
+    return x.stride(3) == 1 and min(starts) > 0 and not any(start % 16 for start in starts)
 
 
-def _compile(q, k, v, scale, config):
-    """The compiled launcher for tensors like these: a function of q, k, v."""
-    scale = q.size(-1) ** -0.5 if scale is None else scale
-    _check(q, k, v, scale)
+def _report(q, k, v, scale, config):
+    """A call of attention_kernel as a function of q, k, v. Where [B, H] does not fold into one
+    dimension of the tensors as they are, it is launched for one b after the other."""
+    # helion 1.5.1 fails on batched products with a dimension of size 1. Two equal queries give two
+    # equal rows, two equal keys the same mean: repeat them, without a copy, and drop one.
+    twice = lambda x: x.expand(-1, -1, 2, -1) if x.size(2) == 1 else x
+
+    def parts(*tensors):
+        if all(x.size(0) == 1 or x.stride(0) == x.size(1) * x.stride(1) for x in tensors):
+            return [[x.flatten(0, 1) for x in tensors]]
+        return list(zip(*(x.unbind() for x in tensors)))
+
+    def call(q, k, v):
+        out = torch.empty_like(q)
+        whole = torch.empty_like(twice(q)) if q.size(2) == 1 else out
+        for part in parts(twice(q), twice(k), twice(v), whole):
+            run(*part, scale * LOG2E)
+        if whole is not out:
+            out.copy_(whole[:, :, :1])
+        return out, None
+
+    run = attention_kernel.bind((*parts(*map(twice, (q, k, v, q)))[0], scale * LOG2E)).compile_config(config)
+    return call
+
+
+def _plan(q, k, v, is_causal, scale, config):
+    """What a call runs, as a function of q, k, v that returns out and lse."""
+    B, H, M, D = q.shape
+    N = k.size(2)
+    scale = D**-0.5 if scale is None else scale
+    if isinstance(config, helion.Config):
+        return _report(q, k, v, scale, config)
     if config is None:
         capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
-        config = configs.best(capability, q.size(-1), q.dtype, k.size(2))
-    if 1 in (q.size(2), k.size(2)) and len(config.block_sizes) == 3:
-        # helion 1.5.1 fails on batched products with a dimension of size 1. Two equal queries give
-        # two equal rows, two equal keys the same mean: repeat them, without a copy, and drop one.
-        twice = lambda x: x.expand(-1, -1, 2, -1) if x.size(2) == 1 else x
-        launch = _compile(twice(q), twice(k), twice(v), scale, config)
-        return lambda q, k, v: launch(twice(q), twice(k), twice(v))[:, :, : q.size(2)]
-    kernel, constants, config = select(config, scale * LOG2E)
-    if kernel is not hopper_kernel:
-        run = _prepare(kernel, tensors_of(kernel, q, k, v), constants, config)
-        return lambda q, k, v: run(*tensors_of(kernel, q, k, v))
-
-    if q.dtype == torch.float32 or q.size(3) > 128:
-        raise ValueError(
-            f"config takes 16-bit floats and head dims up to 128, got {q.dtype} and {q.size(3)}"
-        )
-    fix_q, fix_k, fix_v = (_for_tma(x) for x in (q, k, v))
-    fast = _prepare(kernel, (fix_q(q), fix_k(k), fix_v(v)), constants, config)
-    _, (*constants, _), config = select(configs.HOPPER_ONLINE, scale * LOG2E)
-    redo = _prepare(
-        online_kernel, tensors_of(online_kernel, q, k, v), (*constants, REDO_ROWS), config
+        config = configs.best(capability, D, q.dtype, N)
+    diagonal = N  # dense: every row sees all N keys
+    if is_causal is not False:
+        diagonal = N - M if is_causal is CausalVariant.LOWER_RIGHT else 0
+    if diagonal >= N - 1:
+        diagonal = N
+    out_like = lambda q: torch.empty_like(
+        q, memory_format=torch.preserve_format if q.stride(3) == 1 else torch.contiguous_format
     )
+    lse_like = lambda q: q.new_empty((B, H, M), dtype=torch.float32)
+    wide = any(sum((n - 1) * s for n, s in zip(x.shape, x.stride())) >= 2**31 for x in (q, k, v, out_like(q)))
+    general = general_kernel_64 if wide else general_kernel
+    online = q.dtype == torch.float16
+    if config.kernel != "hopper" or (online and scale < 0) or max(q.stride()) >= 2**31:
+        if config.kernel == "hopper":
+            config = configs.HOPPER_GENERAL
+        run = _prepare(general, config.config, (scale * LOG2E, diagonal),
+                       (config.block_m, config.block_n, config.block_m))  # fmt: skip
 
-    def launch(q, k, v):
-        helion.runtime.set_triton_allocator()  # for the descriptor that hopper_kernel makes
-        return redo(q, k, v, *fast(fix_q(q), fix_k(k), fix_v(v)))
+        def call(q, k, v):
+            out, lse = out_like(q), lse_like(q)
+            run(q, k, v, out, lse)
+            return out, lse
 
-    return launch
+        return call
+
+    # TMA does not repeat: of heads that are all the same one is enough.
+    first = k.stride(1) == v.stride(1) == 0
+    few = lambda q, k, v: (q, k[:, 0].unsqueeze(1), v[:, 0].unsqueeze(1)) if first else (q, k, v)
+    copied = [not _readable_by_tma(x) for x in few(q, k, v)]
+    fix = lambda *tensors: [
+        x.clone(memory_format=torch.contiguous_format) if copy else x for x, copy in zip(few(*tensors), copied)
+    ]
+    # The last tile holds the end of the keys, and the diagonal where that is a multiple of the tile.
+    if diagonal == N:
+        masked = online and N % config.block_n > 0
+    else:
+        masked = online or diagonal % config.block_n > 0
+    programs = helion.runtime.get_num_sm(q.device)
+    paired = int(diagonal < N and B * H * triton.cdiv(M, config.block_m) > programs)
+    fast = _prepare(hopper_kernel, config.config, (scale * LOG2E, diagonal, programs, paired),
+                    (config.block_m, config.block_n, masked, online))  # fmt: skip
+    if not online:
+        other = configs.HOPPER_GENERAL
+        redo = _prepare(general, other.config, (scale * LOG2E, diagonal),
+                        (other.block_m, other.block_n, REDO_ROWS))  # fmt: skip
+
+    def call(q, k, v):
+        out, lse = out_like(q), lse_like(q)
+        before = _allocation._allocator.set(lambda size, *_: q.new_empty(size, dtype=torch.int8))
+        try:  # hopper_kernel makes a descriptor, in scratch memory of its own
+            fast(*fix(q, k, v), out, lse)
+        finally:
+            _allocation._allocator.reset(before)
+        if not online:
+            redo(q, k, v, out, lse)
+        return out, lse
+
+    return call
 
 
-_launchers = {}  # {what a call was compiled for: function of q, k, v}
+def flash_attention(q, k, v, *, is_causal=False, scale=None, enable_gqa=False, config=None):
+    """softmax(q k^T * scale) v, forward pass, as torch's scaled_dot_product_attention names it.
 
-
-def flash_attention(q, k, v, *, scale=None, config=None):
-    """softmax(q k^T * scale) v, dense, forward pass; the rows of q attend to all rows of k and v.
-
-    q: [B, H, M, D]; k, v: [B, H, N, D]. bfloat16, float16 or float32, all three the same; D is 16,
+    q: [B, H, M, D]; k, v: [B, Hk, N, D]. bfloat16, float16 or float32, all three the same; D is 16,
     32, 64, 128 or 256; M and N are any lengths; any strides. float32 products keep float32's
     precision (tf32x3). Sums are float32 throughout.
-    scale: a float, 1 / sqrt(D) if None. It is compiled in, as shapes and strides are: the first
-    call with new ones takes seconds.
-    config: a helion.Config of configs.py or your own. Three block sizes [batch*head, query, key]
-    run attention_kernel, which copies q, k or v first if [B, H] do not fold into one dimension. Two,
-    [query, key], run online_kernel, which reads any strides in place; or, with warp specialisation,
-    hopper_kernel, which copies what TMA cannot read and q if [B, H, M] do not fold. None takes what
-    configs.py knows to be best for this GPU.
-    Returns out: [B, H, M, D] in q's dtype.
+    is_causal: True: row i sees keys up to i (CausalVariant.UPPER_LEFT of torch.nn.attention.bias).
+    CausalVariant.LOWER_RIGHT: up to i + N - M, so that the last row sees all keys. A row that sees
+    none is 0.
+    scale: any finite float, 1 / sqrt(D) if None.
+    enable_gqa: Hk may be less than H, which it then divides: H / Hk heads of q in a row share one.
+    config: what to run, from configs.py. A Plan runs general_kernel, or on Hopper hopper_kernel. A
+    helion.Config is the report's and runs attention_kernel, dense and compiled for each shape. None
+    takes what configs.py knows to be best for this GPU.
+    Returns out: [B, H, M, D] in q's dtype and layout.
+    Tensors are read where they are. Only what TMA cannot read, rows that are not contiguous or do not
+    start at multiples of 16 bytes, is copied, for hopper_kernel.
+    The first call of a kind (head dim, dtype, masking, alignment) compiles, for seconds; batch,
+    heads, lengths and scale are run-time values. Inside CUDA graph capture a kind must not be new.
     Raises TypeError or ValueError, before anything is compiled, on input outside of the above: the
     message names the argument, what it was and what is accepted.
     """
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if not isinstance(scale, (float, int, type(None))):
-        raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
-    if not isinstance(config, (helion.Config, type(None))):
-        raise TypeError(f"config must be a helion.Config or None, got {type(config).__name__}")
-    if config is not None and len(config.block_sizes) not in (2, 3):
-        raise ValueError(f"config must have 2 or 3 block_sizes, got {config.block_sizes}")
-    # All that a launcher was compiled for; 16-byte alignment decides whether TMA may be used.
-    key = (scale, config, torch.is_grad_enabled()) + tuple(
-        (x.shape, x.stride(), x.dtype, x.device, x.requires_grad, x.data_ptr() % 16)
-        for x in (q, k, v)
-    )
-    with torch.cuda.device_of(q):
-        if key not in _launchers:
-            _launchers[key] = _compile(q, k, v, scale, config)
-        return _launchers[key](q, k, v)
+    try:
+        key = (
+            q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
+            q.device, k.device, v.device, q.data_ptr() % 16, k.data_ptr() % 16, v.data_ptr() % 16,
+            (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled(),
+            is_causal, type(is_causal), scale, enable_gqa, config,
+        )  # fmt: skip
+        call = _calls.get(key)
+    except (AttributeError, TypeError):  # not a tensor, or nothing to keep: _check says what
+        _check(q, k, v, is_causal, scale, enable_gqa, config)
+        raise
+    if call is None:
+        _check(q, k, v, is_causal, scale, enable_gqa, config)
+        if q.numel() == 0 or k.numel() == 0:
+            return torch.zeros_like(q)
+        with _lock, torch.cuda.device_of(q):
+            call = _plan(q, k, v, is_causal, scale, config)
+            out, _ = call(q, k, v)
+            if len(_calls) >= CALLS:
+                _calls.clear()
+            _calls[key] = call
+        return out
+    if q.is_cuda and q.device.index != torch.cuda.current_device():
+        with torch.cuda.device_of(q):
+            return call(q, k, v)[0]
+    return call(q, k, v)[0]
