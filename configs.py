@@ -101,17 +101,16 @@ HOPPER_D256 = _general(128, 64, 8, 2)
 
 # The rest is not measured but chosen by its machine code: for each head dim tiles that fit in shared
 # memory and do not spill (`python check.py -k default` compiles them again).
-# sm_100: the report's best tiles with 8 warps, which do not spill where its 4 do.
-BLACKWELL = {d: _general(128, 128, 8, 2) for d in (16, 32, 64, 128)}
-BLACKWELL[256] = _general(128, 32, 8, 2)
+# sm_100.
+BLACKWELL = {d: _general(128, 128, 8, 2) for d in (16, 32)}
+BLACKWELL |= {64: _general(128, 64, 8, 3), 128: _general(128, 32, 8, 2), 256: _general(64, 32, 8, 2)}
 # sm_80 and the consumer chips sm_86, sm_89, sm_120, which have 100 KiB of shared memory per SM.
-AMPERE = {d: _general(128, 64, 4, 3) for d in (16, 32, 64)}
-AMPERE[128] = _general(64, 32, 4, 2)
-AMPERE[256] = _general(64, 32, 8, 2)
+AMPERE = {d: _general(128, 64, 4, 3) for d in (16, 32)}
+AMPERE |= {64: _general(128, 64, 8, 3), 128: _general(128, 32, 8, 2), 256: _general(64, 32, 8, 2)}
 # float32: three tf32 products for each and twice the bytes, so small tiles. D = 256 still spills a
 # few registers.
-FLOAT32 = {d: _general(32, 32, 4, 2) for d in (16, 32, 64, 128)}
-FLOAT32[256] = _general(16, 16, 4, 1)
+FLOAT32 = {d: _general(64, 32, 4, 2) for d in (16, 32, 64)}
+FLOAT32 |= {128: _general(32, 16, 4, 2), 256: _general(16, 16, 8, 1)}
 
 
 def best(capability, head_dim, dtype, length):

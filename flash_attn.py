@@ -469,28 +469,28 @@ def _readable_by_tma(x):
     return x.stride(3) == 1 and min(starts) > 0 and not any(start % 16 for start in starts)
 
 
-def _report(q, k, v, scale, config):
+def _report(scale, config):
     """A call of attention_kernel as a function of q, k, v. Where [B, H] does not fold into one
     dimension of the tensors as they are, it is launched for one b after the other."""
     # helion 1.5.1 fails on batched products with a dimension of size 1. Two equal queries give two
     # equal rows, two equal keys the same mean: repeat them, without a copy, and drop one.
     twice = lambda x: x.expand(-1, -1, 2, -1) if x.size(2) == 1 else x
-
-    def parts(*tensors):
-        if all(x.size(0) == 1 or x.stride(0) == x.size(1) * x.stride(1) for x in tensors):
-            return [[x.flatten(0, 1) for x in tensors]]
-        return list(zip(*(x.unbind() for x in tensors)))
+    run = None
 
     def call(q, k, v):
+        nonlocal run
         out = torch.empty_like(q)
-        whole = torch.empty_like(twice(q)) if q.size(2) == 1 else out
-        for part in parts(twice(q), twice(k), twice(v), whole):
+        whole = q.new_empty(twice(q).shape) if q.size(2) == 1 else out
+        tensors = twice(q), twice(k), twice(v), whole
+        if all(x.size(0) == 1 or x.stride(0) == x.size(1) * x.stride(1) for x in tensors):
+            parts = [[x.flatten(0, 1) for x in tensors]]
+        else:
+            parts = zip(*(x.unbind() for x in tensors))
+        for part in parts:
+            run = run or attention_kernel.bind((*part, scale * LOG2E)).compile_config(config)
             run(*part, scale * LOG2E)
-        if whole is not out:
-            out.copy_(whole[:, :, :1])
-        return out, None
+        return (out if whole is out else out.copy_(whole[:, :, :1])), None
 
-    run = attention_kernel.bind((*parts(*map(twice, (q, k, v, q)))[0], scale * LOG2E)).compile_config(config)
     return call
 
 
@@ -500,7 +500,7 @@ def _plan(q, k, v, is_causal, scale, config):
     N = k.size(2)
     scale = D**-0.5 if scale is None else scale
     if isinstance(config, helion.Config):
-        return _report(q, k, v, scale, config)
+        return _report(scale, config)
     if config is None:
         capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
         config = configs.best(capability, D, q.dtype, N)
