@@ -337,9 +337,10 @@ def compare(out, q, k, v, scale=None, unit=1.0, least=0.0, is_causal=False):
     sdpa = functools.partial(F.scaled_dot_product_attention, q, k, v, mask, scale=scale, enable_gqa=True)
     other, ref = sdpa(), reference(q, k, v, scale, is_causal)
     finite = ref.isfinite().all(-1)
-    if not finite.all():
+    if not other.isfinite().all():  # cuDNN gives NaN where the scale is not positive
         with sdpa_kernel(SDPBackend.MATH):
-            assert torch.equal(sdpa().isfinite().all(-1), finite), "SDPA's math backend has other rows"
+            other = sdpa()
+        assert torch.equal(other.isfinite().all(-1), finite), "SDPA's math backend has other rows"
     assert torch.equal(out.isfinite().all(-1), finite), "not finite in other rows than SDPA"
     ref = ref[finite]
     low = ref.to(q.dtype)
@@ -438,7 +439,7 @@ def lengths(config):
             del q, k, v, out
             used.append(torch.cuda.memory_allocated() if GPU else 0)
     assert set(flash_attn._compiled) == compiled, "something was compiled"
-    assert used[-1] <= used[0], used
+    assert used[-1] <= used[2], used  # the reference has its workspace by then
     assert len(flash_attn._calls) <= flash_attn.CALLS
     return f"{calls} calls"
 
@@ -448,8 +449,9 @@ def empty(config):
     for shape, keys in (((0, 2, 4, D), 5), ((2, 0, 4, D), 5), ((2, 2, 0, D), 5), ((2, 2, 4, D), 0)):
         B, H, S, _ = shape
         q, k, v = (torch.randn(B, H, n, D, device=DEVICE).bfloat16() for n in (S, keys, keys))
-        out, sdpa = flash_attention(q, k, v, config=NAMED[config]), F.scaled_dot_product_attention(q, k, v)
-        torch.testing.assert_close(out, sdpa)
+        with sdpa_kernel(SDPBackend.MATH):  # cuDNN returns None for some of these
+            sdpa = F.scaled_dot_product_attention(q, k, v)
+        torch.testing.assert_close(flash_attention(q, k, v, config=NAMED[config]), sdpa)
     return "as SDPA"
 
 
@@ -674,6 +676,13 @@ def hard_head(dtype, keys, seed, shift=0.0, sweep=0.0, spread=0.0, gap=0.0, uppe
     return q.to(DEVICE), k.to(DEVICE), v.to(dtype).to(DEVICE)
 
 
+def tf32x3(x, y):
+    """x @ y as tensor cores do it in float32: three products of numbers with 10 bits behind the point."""
+    cut = lambda x: ((x.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+    (x, x_low), (y, y_low) = ((cut(z), cut(z - cut(z))) for z in (x.contiguous(), y.contiguous()))
+    return x_low @ y + x @ y_low + x @ y
+
+
 def rounded_once(q, k, v):
     """The largest error of a few ways to do attention in float32 with p rounded to v's dtype once.
 
@@ -684,12 +693,13 @@ def rounded_once(q, k, v):
     and for each t another order of the sums that are scores.
     """
     ref, errors = reference(q, k, v), []
+    product = tf32x3 if v.dtype == torch.float32 else torch.matmul
     for t in (0, 0.25, 0.5, 0.75):
         q_t, k_t = (x.float().roll(int(t * D), -1) for x in (q, k))
-        x = q_t @ k_t.mT * (D**-0.5 * LOG2E)
+        x = product(q_t, k_t.mT) * (D**-0.5 * LOG2E)
         p = torch.exp2(x - x.amax(-1, keepdim=True) - t).to(v.dtype).float()
         tiles = list(zip(p.split(32, -1), v.float().split(32, -2)))
-        acc, l = sum(p @ v for p, v in tiles), sum(p.sum(-1, keepdim=True) for p, _ in tiles)
+        acc, l = sum(product(p, v) for p, v in tiles), sum(p.sum(-1, keepdim=True) for p, _ in tiles)
         errors.append((acc / l - ref).abs().max().item())
     return max(errors)
 

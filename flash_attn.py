@@ -45,7 +45,7 @@ REDO_ROWS = 512  # how many rows of hopper_kernel one program of general_kernel 
 
 def scalar(expression, *args):
     """An int32 by a line of Triton: run-time integers of Helion's own grow into long expressions."""
-    return hl.inline_triton(expression, args=args, output_like=hl.zeros([], dtype=torch.int32))
+    return hl.inline_triton(f"tl.cast({expression}, tl.int32)", args=args, output_like=hl.zeros([], dtype=torch.int32))
 
 
 def quotient(x, y):
