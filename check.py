@@ -455,6 +455,16 @@ def empty(config):
     return "as SDPA"
 
 
+def one_tensor(config):
+    """q, k and v are one tensor in the first call of a shape, and three in the next, and other three."""
+    x = make((1, 3, 144, D))[0]
+    compare(flash_attention(x, x, x, config=NAMED[config]), x, x, x)
+    for seed in (1, 2):
+        qkv = make((1, 3, 144, D), seed=seed)
+        line = compare(flash_attention(*qkv, config=NAMED[config]), *qkv)
+    return line
+
+
 def large_tensor(config):
     """More than 2^31 elements between the first and the last (GPU only)."""
     apart = 2**30 + 8 * D
@@ -946,7 +956,7 @@ def cases(draws):
     for name in ("hopper", "general", "default"):
         for dtype in DTYPES if name == "default" else ("bfloat16", "float16"):
             yield [(causal, (name, kind, dtype)) for kind in CAUSAL]
-        yield [(lengths, (name,)), (empty, (name,))]
+        yield [(lengths, (name,)), (empty, (name,)), (one_tensor, (name,))]
         if GPU:
             yield [(large_tensor, (name,))]
     yield [(bad_input, (name,)) for name in (

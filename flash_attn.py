@@ -45,7 +45,8 @@ REDO_ROWS = 512  # how many rows of hopper_kernel one program of general_kernel 
 
 def scalar(expression, *args):
     """An int32 by a line of Triton: run-time integers of Helion's own grow into long expressions."""
-    return hl.inline_triton(f"tl.cast({expression}, tl.int32)", args=args, output_like=hl.zeros([], dtype=torch.int32))
+    int32 = hl.zeros([], dtype=torch.int32)
+    return hl.inline_triton(f"tl.cast({expression}, tl.int32)", args=args, output_like=int32)
 
 
 def quotient(x, y):
@@ -383,6 +384,7 @@ def _prepare(kernel, config, numbers, constants):
             if (*kind, aligned) not in _compiled and q.is_cuda and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError("this has to be compiled: call flash_attention so once before the capture")
             run = _bind(*kind)
+            tensors = [x.view_as(x) for x in tensors]  # to be told apart, where q, k and v are one tensor
             run(*tensors, *numbers, *constants, _launcher=functools.partial(first, (*kind, aligned)))
             if compiled is None or kernel is general_kernel_64:
                 return
@@ -516,7 +518,9 @@ def _plan(q, k, v, is_causal, scale, config):
     wide = any(sum((n - 1) * s for n, s in zip(x.shape, x.stride())) >= 2**31 for x in (q, k, v, out_like(q)))
     general = general_kernel_64 if wide else general_kernel
     online = q.dtype == torch.float16
-    if config.kernel != "hopper" or (online and scale < 0) or max(q.stride()) >= 2**31:
+    tiles = B * H * triton.cdiv(M, config.block_m)
+    large = tiles >= 2**19 or max(q.stride()) >= 2**31  # for hopper_kernel's `quotient` and int32
+    if config.kernel != "hopper" or (online and scale < 0) or large:
         if config.kernel == "hopper":
             config = configs.HOPPER_GENERAL
         run = _prepare(general, config.config, (scale * LOG2E, diagonal),
@@ -542,7 +546,7 @@ def _plan(q, k, v, is_causal, scale, config):
     else:
         masked = online or diagonal % config.block_n > 0
     programs = helion.runtime.get_num_sm(q.device)
-    paired = int(diagonal < N and B * H * triton.cdiv(M, config.block_m) > programs)
+    paired = int(diagonal < N and tiles > programs)
     fast = _prepare(hopper_kernel, config.config, (scale * LOG2E, diagonal, programs, paired),
                     (config.block_m, config.block_n, masked, online))  # fmt: skip
     if not online:
