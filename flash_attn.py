@@ -358,12 +358,14 @@ def _prepare(kernel, config, numbers, constants):
         if compiled is not None:
             compiled[(*all_programs, 1, 1)[:3]](*arguments)
         elif not isinstance(triton_kernel, triton.JITFunction):  # the interpreter
-            helion.runtime.default_launcher(triton_kernel, all_programs, *arguments, **options)
+            compiled = functools.partial(helion.runtime.default_launcher, triton_kernel, **options)
+            compiled(all_programs, *arguments)
         else:
-            # Integers are compiled in as multiples of 16 only where they are strides, and never as 1.
+            # No integer is compiled in, as 1 or as a multiple of 16, but the strides that `aligned` is about.
+            sizes = ("lse_stride_0", "lse_stride_1")
             plain = [
-                p.name for p, x in zip(triton_kernel.params, arguments)
-                if isinstance(x, int) and not p.is_constexpr and not (aligned and "stride" in p.name)
+                p.name for p, x in zip(triton_kernel.params, arguments) if isinstance(x, int)
+                and not p.is_constexpr and not (aligned and "stride" in p.name and p.name not in sizes)
             ]  # fmt: skip
             own = triton.jit(triton_kernel.fn, do_not_specialize=plain)
             compiled = helion.runtime.default_launcher(own, all_programs, *arguments, **options)
@@ -404,6 +406,8 @@ def _prepare(kernel, config, numbers, constants):
             else:
                 arguments[i] = descriptor = kind.__new__(kind)
                 descriptor.__dict__ = {**fields, "base": tensors[j]}
+        if isinstance(compiled, functools.partial):
+            return compiled(grid, *arguments)
         stream = triton.runtime.driver.active.get_current_stream(device)
         compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
 
@@ -446,8 +450,8 @@ def _check(q, k, v, is_causal, scale, enable_gqa, config):
         raise TypeError(f"is_causal must be a bool or a CausalVariant, got {is_causal!r}")
     if not isinstance(scale, (float, int, type(None))):
         raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
+    if scale is not None and not abs(scale) < 2e38:  # times log2(e) it has to be a float32
+        raise ValueError(f"scale must be finite and below 2e38, got {scale}")
     if not isinstance(config, (helion.Config, configs.Plan, type(None))):
         raise TypeError(f"config must be a Config or Plan of configs.py, got {type(config).__name__}")
     if isinstance(config, helion.Config) and (is_causal is not False or H != Hk):
@@ -477,10 +481,8 @@ def _report(scale, config):
     # helion 1.5.1 fails on batched products with a dimension of size 1. Two equal queries give two
     # equal rows, two equal keys the same mean: repeat them, without a copy, and drop one.
     twice = lambda x: x.expand(-1, -1, 2, -1) if x.size(2) == 1 else x
-    run = None
 
     def call(q, k, v):
-        nonlocal run
         out = torch.empty_like(q)
         whole = q.new_empty(twice(q).shape) if q.size(2) == 1 else out
         tensors = twice(q), twice(k), twice(v), whole
@@ -489,7 +491,7 @@ def _report(scale, config):
         else:
             parts = zip(*(x.unbind() for x in tensors))
         for part in parts:
-            run = run or attention_kernel.bind((*part, scale * LOG2E)).compile_config(config)
+            run = attention_kernel.bind((*part, scale * LOG2E)).compile_config(config)
             run(*part, scale * LOG2E)
         return (out if whole is out else out.copy_(whole[:, :, :1])), None
 
@@ -515,12 +517,16 @@ def _plan(q, k, v, is_causal, scale, config):
         q, memory_format=torch.preserve_format if q.stride(3) == 1 else torch.contiguous_format
     )
     lse_like = lambda q: q.new_empty((B, H, M), dtype=torch.float32)
-    wide = any(sum((n - 1) * s for n, s in zip(x.shape, x.stride())) >= 2**31 for x in (q, k, v, out_like(q)))
+    like = out_like(q)
+    wide = any(
+        max(sum((n - 1) * s for n, s in zip(x.shape, x.stride())), *x.stride()) >= 2**31 for x in (q, k, v, like)
+    )
     general = general_kernel_64 if wide else general_kernel
     online = q.dtype == torch.float16
     tiles = B * H * triton.cdiv(M, config.block_m)
-    large = tiles >= 2**19 or max(q.stride()) >= 2**31  # for hopper_kernel's `quotient` and int32
-    if config.kernel != "hopper" or (online and scale < 0) or large:
+    # hopper_kernel's `quotient` and its int32; its float16 multiplies -inf by the scale.
+    large = tiles >= 2**19 or max(q.stride()) >= 2**31 or M * like.stride(2) >= 2**31
+    if config.kernel != "hopper" or (online and scale < 2.0**-100) or large:
         if config.kernel == "hopper":
             config = configs.HOPPER_GENERAL
         run = _prepare(general, config.config, (scale * LOG2E, diagonal),
@@ -544,7 +550,7 @@ def _plan(q, k, v, is_causal, scale, config):
     if diagonal == N:
         masked = online and N % config.block_n > 0
     else:
-        masked = online or diagonal % config.block_n > 0
+        masked = online or diagonal % config.block_n > 0 or config.block_n < config.block_m
     programs = helion.runtime.get_num_sm(q.device)
     paired = int(diagonal < N and tiles > programs)
     fast = _prepare(hopper_kernel, config.config, (scale * LOG2E, diagonal, programs, paired),
@@ -573,19 +579,20 @@ def flash_attention(q, k, v, *, is_causal=False, scale=None, enable_gqa=False, c
 
     q: [B, H, M, D]; k, v: [B, Hk, N, D]. bfloat16, float16 or float32, all three the same; D is 16,
     32, 64, 128 or 256; M and N are any lengths; any strides. float32 products keep float32's
-    precision (tf32x3). Sums are float32 throughout.
+    precision (tf32x3). Sums are float32 throughout, and N * max|v| has to be below its 3.4e38.
     is_causal: True: row i sees keys up to i (CausalVariant.UPPER_LEFT of torch.nn.attention.bias).
     CausalVariant.LOWER_RIGHT: up to i + N - M, so that the last row sees all keys. A row that sees
-    none is 0.
-    scale: any finite float, 1 / sqrt(D) if None.
+    none is 0. NaN or inf in v spreads to rows that do not see it, as in SDPA's math backend.
+    scale: a float of either sign or 0, below 2e38; 1 / sqrt(D) if None.
     enable_gqa: Hk may be less than H, which it then divides: H / Hk heads of q in a row share one.
     config: what to run, from configs.py. A Plan runs general_kernel, or on Hopper hopper_kernel. A
     helion.Config is the report's and runs attention_kernel, dense and compiled for each shape. None
     takes what configs.py knows to be best for this GPU.
     Returns out: [B, H, M, D] in q's dtype and layout.
-    Tensors are read where they are. Only what TMA cannot read, rows that are not contiguous or do not
-    start at multiples of 16 bytes, is copied, for hopper_kernel.
-    The first call of a kind (head dim, dtype, masking, alignment) compiles, for seconds; batch,
+    Tensors are read where they are, heads of k and v that are one head expanded, too. Only what TMA
+    cannot read, rows that are not contiguous or do not start at multiples of 16 bytes, and a batch that
+    is expanded, is copied, for hopper_kernel.
+    The first call of a kind (head dim, dtype, masking, alignment, config) compiles, for seconds; batch,
     heads, lengths and scale are run-time values. Inside CUDA graph capture a kind must not be new.
     Raises TypeError or ValueError, before anything is compiled, on input outside of the above: the
     message names the argument, what it was and what is accepted.
