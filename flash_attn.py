@@ -580,6 +580,7 @@ def flash_attention(q, k, v, *, is_causal=False, scale=None, enable_gqa=False, c
     q: [B, H, M, D]; k, v: [B, Hk, N, D]. bfloat16, float16 or float32, all three the same; D is 16,
     32, 64, 128 or 256; M and N are any lengths; any strides. float32 products keep float32's
     precision (tf32x3). Sums are float32 throughout, and N * max|v| has to be below its 3.4e38.
+    float16 on Hopper: a score, q k^T * scale, beyond 2^22 can make its row inf or NaN.
     is_causal: True: row i sees keys up to i (CausalVariant.UPPER_LEFT of torch.nn.attention.bias).
     CausalVariant.LOWER_RIGHT: up to i + N - M, so that the last row sees all keys. A row that sees
     none is 0. NaN or inf in v spreads to rows that do not see it, as in SDPA's math backend.
