@@ -74,8 +74,8 @@ class Plan(typing.NamedTuple):
 # k, the last v; store lse, out]. Warp specialisation: one warpgroup loads, two compute 64 rows each.
 # maxnreg is what each of 12 warps can have; Triton then moves registers from the loading ones to the
 # others. One program per SM, which requests what the next tile needs while it computes this one. Two
-# stages of K and V and one of q and of the last V fill shared memory. Descriptors for TMA are made on
-# the host, where they cost the GPU nothing.
+# stages of K and V and one of q and of the last V fill shared memory. Descriptors for TMA of K and V
+# are made on the host, where they cost the GPU nothing.
 HOPPER = Plan("hopper", 128, 128, helion.Config(
     host_tensor_descriptors=True,
     indexing=["tensor_descriptor"] * 3 + ["pointer"] * 2,
@@ -100,15 +100,13 @@ HOPPER_GENERAL = _general(128, 128, 8, 2)
 HOPPER_D256 = _general(128, 64, 8, 2)
 
 # The rest is not measured but chosen by its machine code: for each head dim tiles that fit in shared
-# memory and do not spill (`python check.py -k default` compiles them again).
-# sm_100.
+# memory and spill no data (`python check.py -k default_config` compiles them again). First sm_100.
 BLACKWELL = {d: _general(128, 128, 8, 2) for d in (16, 32)}
 BLACKWELL |= {64: _general(128, 64, 8, 3), 128: _general(128, 32, 8, 2), 256: _general(64, 32, 8, 2)}
 # sm_80 and the consumer chips sm_86, sm_89, sm_120, which have 100 KiB of shared memory per SM.
 AMPERE = {d: _general(128, 64, 4, 3) for d in (16, 32)}
 AMPERE |= {64: _general(128, 64, 8, 3), 128: _general(128, 32, 8, 2), 256: _general(64, 32, 8, 2)}
-# float32: three tf32 products for each and twice the bytes, so small tiles. D = 256 still spills a
-# few registers.
+# float32: three tf32 products for each and twice the bytes, so small tiles.
 FLOAT32 = {d: _general(64, 32, 4, 2) for d in (16, 32, 64)}
 FLOAT32 |= {128: _general(32, 16, 4, 2), 256: _general(16, 16, 8, 1)}
 
