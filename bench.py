@@ -32,7 +32,7 @@ import torch.nn.functional as F
 import triton.testing
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flash_attn import HEAD_DIMS, LOG2E, attention_kernel, configs, flash_attention
+from flash_attn import LOG2E, attention_kernel, configs, flash_attention
 
 ROUNDS, WARMUP_MS, REP_MS = 5, 10, 50
 GROWING = 100  # calls with one key more than the last
@@ -168,8 +168,7 @@ def config_of(name, shape, case):
 
 def described(config):
     if isinstance(config, configs.Plan):
-        kernel, block_m, block_n, config = config
-        return f"`{kernel}_kernel` in tiles of {block_m} queries x {block_n} keys, `{config!r}`"
+        return f"`{config.kernel}_kernel` in tiles of {config.block_m} queries x {config.block_n} keys, `{config.config!r}`"
     return f"`{config!r}`"
 
 
@@ -407,8 +406,8 @@ def shape_argument(text):
         shape = ()
     if len(shape) != 4 or min(shape) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not B,H,S,D: four positive integers")
-    if shape[3] not in HEAD_DIMS:
-        raise argparse.ArgumentTypeError(f"head dim {shape[3]} in {text!r} is not one of {HEAD_DIMS}")
+    if shape[3] not in check.HEAD_DIMS:
+        raise argparse.ArgumentTypeError(f"head dim {shape[3]} in {text!r} is not one of {check.HEAD_DIMS}")
     return shape
 
 

@@ -40,10 +40,11 @@ if not GPU:
 
 import flash_attn
 import helion
-from flash_attn import HEAD_DIMS, LOG2E, configs, flash_attention
+from flash_attn import LOG2E, configs, flash_attention
 from torch.nn.attention.bias import CausalVariant
 
 DEVICE = "cuda" if GPU else "cpu"
+HEAD_DIMS = (16, 32, 64, 128, 256)  # what is compiled; others are filled up
 D = 128 if GPU else 64  # head dim of most cases; the interpreter is slow
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in flash_attn.DTYPES}
 NAMED = {**configs.CONFIGS, "hopper": configs.HOPPER, "general": configs.HOPPER_GENERAL, "default": None}
@@ -113,13 +114,6 @@ def patch_interpreter():
 
     interpreter._convert_float = convert_float
 
-    def round_to_bf16(self, asm, constraints, values, *rest):
-        """It has no inline assembly, and flash_attn.py one piece of it."""
-        low = convert_float(values[0].data, tl.float32, tl.bfloat16, None)
-        data = convert_float(low, tl.bfloat16, tl.float32, None).view(np.float32)
-        return mock.Mock(get_result=lambda i: interpreter.TensorHandle(data, tl.float32))
-
-    interpreter.InterpreterBuilder.create_inline_asm = round_to_bf16
     create_dot = interpreter.InterpreterBuilder.create_dot
 
     def widened(x):  # it keeps bf16 as uint16, and would multiply these integers
@@ -244,11 +238,11 @@ def machine_code(config, sm, head_dim=128, dtype="bfloat16"):
                 tensors = q, k, v, out, q.new_empty(16, 64, 4096, dtype=torch.float32)
                 tiles = config.block_m, config.block_n
                 if config.kernel == "hopper":
-                    kernel, numbers = flash_attn.hopper_kernel, (scale, 4096, 132, 0)
-                    constants = *tiles, False, dtype == "float16"
+                    kernel, numbers, constants = flash_attn.hopper_kernel, (4096, 132, 0), (*tiles, False)
                 else:
-                    kernel, numbers, constants = flash_attn.general_kernel, (scale, 4096), (*tiles, tiles[0])
-                run = flash_attn._bind(kernel, config.config, constants, DTYPES[dtype], head_dim, q.device)
+                    kernel, numbers, constants = flash_attn.general_kernel, (4096,), tiles
+                numbers = scale, head_dim, *numbers
+                run = flash_attn._bind(kernel, config, constants, DTYPES[dtype], head_dim, q.device)
                 run(*tensors, *numbers, *constants, _launcher=launcher)
         signature, constexprs, attributes = {}, {}, {}
         for i, (param, arg) in enumerate(zip(launched["fn"].params, launched["args"])):
@@ -293,7 +287,8 @@ def compile_in_child(jobs):
     The child has the interpreter off. Returns a list of dicts; {"error": reason} where the compiler
     refused.
     """
-    pack = lambda c: [c.to_json()] if isinstance(c, helion.Config) else [*c[:-1], c.config.to_json()]
+    pack = lambda c: [c.to_json()] if isinstance(c, helion.Config) else [
+        c.kernel, c.block_m, c.block_n, c.config.to_json()]  # fmt: skip
     child = subprocess.run(
         [sys.executable, __file__, "--compile", json.dumps([(pack(c), *rest) for c, *rest in jobs])],
         env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True,

@@ -3,7 +3,7 @@
 First the three configurations of the published report (NVIDIA B200, bf16, 2026-01-24), then what
 this project chose itself. Nothing here needs a GPU.
 """
-import typing
+import dataclasses
 
 import torch
 import torch._inductor.runtime.triton_compat as triton_compat
@@ -61,7 +61,8 @@ CONFIGS = {"autotuned": AUTOTUNED, "tma_persistent": TMA_PERSISTENT, "tile128": 
 # ---- Chosen here ---------------------------------------------------------------------------------
 
 
-class Plan(typing.NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)  # told apart by identity: a Config is slow to hash
+class Plan:
     """A kernel of flash_attn.py by name, "hopper" or "general", and what it is compiled with."""
 
     kernel: str
@@ -94,8 +95,8 @@ def _general(block_m, block_n, num_warps, num_stages):
         loop_orders=[[1, 0]], num_stages=num_stages, num_warps=num_warps))  # fmt: skip
 
 
-# What hopper_kernel leaves to do, and what it does not take: no more keys than one tile, and D = 256,
-# whose accumulator leaves registers for half the keys.
+# What hopper_kernel does not take: no more keys than one tile, scales that are not positive, and
+# D = 256, whose accumulator leaves registers for half the keys.
 HOPPER_GENERAL = _general(128, 128, 8, 2)
 HOPPER_D256 = _general(128, 64, 8, 2)
 
@@ -115,8 +116,9 @@ def best(capability, head_dim, dtype, length):
     """The Plan to run when the caller names none.
 
     capability: (major, minor) as torch.cuda.get_device_capability gives it, or None on a CPU.
-    head_dim: 16, 32, 64, 128 or 256. dtype: the torch.dtype of q, k and v. length: how many keys.
+    head_dim: up to 256. dtype: the torch.dtype of q, k and v. length: how many keys.
     """
+    head_dim = max(16, 1 << (head_dim - 1).bit_length())  # the kernels fill it up with zeros
     if dtype == torch.float32:
         return FLOAT32[head_dim]
     if capability == (9, 0):

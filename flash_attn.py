@@ -35,8 +35,6 @@ from triton.runtime import _allocation
 
 LOG2E = 1.4426950408889634  # log2(e): exp(x) = 2^(x log2(e))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-HEAD_DIMS = (16, 32, 64, 128, 256)
-REDO_ROWS = 512  # how many rows of hopper_kernel one program of general_kernel looks after
 
 
 # ---- The kernels ---------------------------------------------------------------------------------
@@ -60,17 +58,6 @@ def exp2(x):
 
 def log2(x):
     return hl.inline_triton("tl.log2({0})", args=(x,), output_like=x)
-
-
-def round_to_bf16(p):
-    """p: float32, rounded to the nearest bfloat16 and still float32. Two elements an instruction:
-    `p.to(torch.bfloat16)` would become one conversion each where its result is widened again."""
-    return hl.inline_triton(
-        "tl.inline_asm_elementwise('{{.reg .b32 t; cvt.rn.bf16x2.f32 t, $3, $2; shl.b32 $0, t, 16;"
-        " and.b32 $1, t, 0xffff0000;}}', '=r,=r,r,r', [{0}], dtype=tl.float32, is_pure=True, pack=2)",
-        args=(p,),
-        output_like=p,
-    )
 
 
 @helion.kernel(static_shapes=True, dot_precision="tf32x3")
@@ -112,40 +99,33 @@ def _hopper_kernel(
     out: torch.Tensor,
     lse: torch.Tensor,
     qk_scale: float,
+    width: int,
     diagonal: int,
     programs: int,
     paired: int,
     block_m: hl.constexpr,
     block_n: hl.constexpr,
     masked: hl.constexpr,
-    online: hl.constexpr,
 ) -> torch.Tensor:
     """Flash attention in the order that keeps Hopper's tensor cores busy, for tensors that TMA reads.
 
-    The order: an iteration issues the product of the *previous* tile's p and v behind q k^T of this
-    tile, and the exponentials of this tile run while the tensor cores work on it (FlashAttention-3,
+    The order: an iteration issues q k^T of this tile and then the product of the *previous* tile's p and
+    v, and the exponentials of this tile run while the tensor cores work on that (FlashAttention-3,
     section 3.2, arXiv:2407.08608). So the first p is 0, and the last p v comes after the loop.
     The warps (section 3.1): `range_warp_specializes` in the Config makes Triton give one warpgroup
     the loads, and each of two others half of the rows. Neither waits for the other, so q k^T of one
     runs under the exponentials of the other.
     The tiles: program p takes every programs-th of them. paired, where rows see different numbers of
     keys: it takes tile i from a head's end, then tile i from its start, which cost the same together.
+    The mask: only a row's last tile of keys has some that it must not see, those beyond the end or the
+    diagonal. So the loop does not look: behind it, the last tile's softmax is taken again, masked, from
+    where the tile before left the row. masked: more than the last tile has such keys.
 
-    online: with the running maximum, as FlashAttention does. float16 needs it, whose exponents are few.
-    Otherwise, bfloat16, the maximum is left out. Softmax is the same whatever number is subtracted
-    from a row's scores; here it is -offset, so that the loop has no maximum to find and nothing to
-    rescale. A row whose numbers leave their range gets lse NaN, and general_kernel computes it again.
-    That test is sufficient: with the maximum subtracted, the largest p of a row is 1, and what is
-    below 2^-126 is lost. Here l_i >= visible keys, so the largest p is at least 1, too, and what is
-    lost is no larger beside it, for any v. A p, sum or product beyond 2^128 leaves an inf or NaN in
-    l_i or in acc. In between all is relative: p, exp2's argument and the sums round as they do there.
-
-    diagonal: row i sees keys up to i + diagonal. masked: more than the last tile of keys has some that
-    a row must not see. In the last tile they are masked after the loop, where its p is multiplied.
+    q, out: [B, H, M, width]; k, v: [B, Hk, N, width]. They are bound as [.., D], with the power of two from
+    width on, to which TMA fills up with zeros. lse: [B, H, M], float32, natural logarithm.
+    qk_scale: scale * log2(e) > 0. diagonal: row i sees keys up to i + diagonal.
     """
     ln2, lowest = 0.6931471805599453, -3e38  # lowest is finite: -inf - -inf would be NaN
-    offset = 40.0
-    shift = 15.0  # float16: p up to 2^15, so that small ones are not below its least number
     B, H, M, D = q.size()
     Hk, N = k.size(1), k.size(2)
     D = hl.specialize(D)
@@ -155,20 +135,18 @@ def _hopper_kernel(
     row_b, row_h = stride_b // stride_m, stride_h // stride_m
     column_b, column_h = stride_b % stride_m, stride_h % stride_m
     q_rows = (B - 1) * row_b + (H - 1) * row_h + M
-    q_columns = (B - 1) * column_b + (H - 1) * column_h + D
+    q_columns = (B - 1) * column_b + (H - 1) * column_h + width
     blocks = (M + block_m - 1) // block_m
-    some = (blocks + paired) // (1 + paired)
-    group = H // Hk
-    items = B * H * some
+    places = (blocks + paired) // (1 + paired)
+    items = B * H * places
     rounds = (items + programs - 1) // programs * (1 + paired)
-    hl.pdl_wait()
-    hl.pdl_launch_dependents()  # general_kernel, which waits
+    group = H // Hk
     for w in hl.grid(rounds * programs):
         turn = quotient(w, programs)
         second = scalar("{0} & {1}", turn, paired)
         item = scalar("({0} >> {1}) * {2} + {3} - {0} * {2}", turn, paired, programs, w)
-        bh = quotient(item, some)
-        place = scalar("{0} - {1} * {2}", item, bh, some)
+        bh = quotient(item, places)
+        place = scalar("{0} - {1} * {2}", item, bh, places)
         live = scalar("(({0} < {1}) & ({2} * (2 * {3} + 1) != {4})).to(tl.int32)",
                       item, items, second, place, blocks)  # fmt: skip
         tile = scalar("{0} + (1 - {1}) * ({2} - 1 - 2 * {0})", place, second, blocks)
@@ -181,10 +159,7 @@ def _hopper_kernel(
         last = torch.clamp(rows + diagonal, max=N - 1)  # the last key that a row sees
         end = scalar("tl.cdiv(tl.minimum({0}, tl.maximum(0, ({1} + 1) * {2} + {3})), {4}) * {4} * {5}",
                      N, tile, block_m, diagonal, block_n, live)  # fmt: skip
-        m_i = hl.full([block_m], lowest, dtype=torch.float32)
-        l_i = hl.zeros([block_m], dtype=torch.float32)
-        acc = hl.zeros([block_m, D], dtype=torch.float32)
-        p = hl.zeros([block_m, block_n], dtype=torch.float32)
+        columns = hl.arange(D) < scalar("{0} // 8 * 8", width)  # so Triton sees whole vectors
         # Made in the kernel: only such a descriptor is halved with its tile. Rows beyond M are not stored.
         row = scalar("{0} * {1} + {2} * {3} + {4} * {5}", b, row_b, h, row_h, tile, block_m)
         column = scalar("{0} * {1} + {2} * {3}", b, column_b, h, column_h)
@@ -193,56 +168,44 @@ def _hopper_kernel(
             args=(q, q_rows, q_columns, stride_m, block_m, D, row, column),
             output_like=hl.zeros([block_m, D], dtype=q.dtype),
         )
+        m_i = hl.full([block_m], lowest, dtype=torch.float32)
+        l_i = hl.zeros([block_m], dtype=torch.float32)
+        acc = hl.zeros([block_m, D], dtype=torch.float32)
+        p = hl.zeros([block_m, block_n], dtype=torch.float32)
+        # m_1 and l_1 are a tile behind, where acc is: it waits for the product that runs meanwhile.
+        m_1 = hl.full([block_m], lowest, dtype=torch.float32)
+        l_1 = hl.zeros([block_m], dtype=torch.float32)
+        qk = hl.zeros([block_m, block_n], dtype=torch.float32)
         for n in hl.grid(0, end, block_n):
             # The previous tile; for the first one, which has none, itself, times the p of 0.
             back = scalar("tl.maximum({0} - {1}, 0)", n, block_n)
             v_tile = v[b, hk, back + hl.arange(block_n), :]
-            qk = hl.dot(q_tile, k[b, hk, n + hl.arange(block_n), :].T, out_dtype=torch.float32)
-            visible = hl.arange(block_n)[None, :] <= (last - n)[:, None]
-            if online:
-                if masked:
-                    qk = torch.where(visible, qk, float("-inf"))
-                m_ij = torch.maximum(m_i, torch.amax(qk, -1) * qk_scale)
-                alpha = exp2(m_i - m_ij)
-                m_i = m_ij
-                x = qk * qk_scale - (m_ij - shift)[:, None]
-            else:
-                x = qk * qk_scale + offset
-                if masked:
-                    x = torch.where(visible, x, float("-inf"))
-            # The mask before this product and the exponentials behind it: else they do not overlap.
-            acc = hl.dot(p.to(v.dtype), v_tile, acc=acc)
-            p = exp2(x)
-            if online:
-                l_i = l_i * alpha + torch.sum(p, -1)
-                acc = acc * alpha[:, None]
-            else:
-                # l_i has to sum what the tensor cores multiply: else a row of one key would not get
-                # exactly its v. To nearest: a cut would move all that cancels to one side.
-                p = round_to_bf16(p)
-                l_i = l_i + torch.sum(p, -1)
-        if not online and not masked:
-            visible = hl.arange(block_n)[None, :] <= (last - (end - block_n))[:, None]
-            others = torch.where(end > block_n, l_i - torch.sum(p, -1), 0.0)
-            p = torch.where(visible, p, 0.0)
-            l_all, l_i = l_i, others + torch.sum(p, -1)
-            # What was masked here was in l_all, whose rounding is in `others`, unless there are none.
-            exact = (end <= block_n) | (l_i * 2**12 >= l_all)
-        acc = hl.dot(p.to(v.dtype), v[b, hk, end - block_n + hl.arange(block_n), :], acc=acc)
-        if online:
-            lse_tile = (m_i - shift + log2(l_i)) * ln2
-        else:
-            top = torch.amax(torch.abs(acc), -1)  # NaN if one is NaN
-            fits = (l_i >= last + 1) & (l_i < float("inf")) & (top < float("inf"))
-            if not masked:
-                fits = fits & exact
-            lse_tile = torch.where(fits, (log2(l_i) - offset) * ln2, float("nan"))
+            scores = hl.dot(q_tile, k[b, hk, n + hl.arange(block_n), :].T, out_dtype=torch.float32)
+            if masked:
+                visible = hl.arange(block_n)[None, :] <= (last - n)[:, None]
+                scores = torch.where(visible, scores, float("-inf"))
+            acc = hl.dot(p.to(v.dtype), v_tile, acc=acc * exp2(m_1 - m_i)[:, None])
+            m_1 = m_i
+            l_1 = l_i
+            m_i = torch.maximum(m_i, torch.amax(scores, -1) * qk_scale)
+            p = exp2(scores * qk_scale - m_i[:, None])
+            l_i = l_i * exp2(m_1 - m_i) + torch.sum(p, -1)
+            qk = scores
+        visible = hl.arange(block_n)[None, :] <= (last - (end - block_n))[:, None]
+        qk = torch.where(visible, qk, float("-inf"))
+        m_i = torch.maximum(m_1, torch.amax(qk, -1) * qk_scale)
+        p = exp2(qk * qk_scale - m_i[:, None])
+        alpha = exp2(m_1 - m_i)
+        l_i = l_1 * alpha + torch.sum(p, -1)
+        v_tile = v[b, hk, end - block_n + hl.arange(block_n), :]
+        acc = hl.dot(p.to(v.dtype), v_tile, acc=acc * alpha[:, None])
         inverse = torch.where(last < 0, 0.0, 1 / l_i)  # rows that see nothing are 0
         stored = (rows < M) & (live > 0)
-        hl.store(lse, [b, h, rows], lse_tile, extra_mask=stored)
+        hl.store(lse, [b, h, rows], (m_i + log2(l_i)) * ln2, extra_mask=stored)
         out_tile = (acc * inverse[:, None]).to(out.dtype)
         b, h = b.to(torch.int64), h.to(torch.int64)
-        hl.store(out, [b, h, rows[:, None], hl.arange(D)[None, :]], out_tile, extra_mask=stored[:, None])
+        hl.store(out, [b, h, rows[:, None], hl.arange(D)[None, :]], out_tile,
+                 extra_mask=stored[:, None] & columns[None, :])  # fmt: skip
     return out
 
 
@@ -253,55 +216,45 @@ def _general_kernel(
     out: torch.Tensor,
     lse: torch.Tensor,
     qk_scale: float,
+    width: int,
     diagonal: int,
     block_m: hl.constexpr,
     block_n: hl.constexpr,
-    group: hl.constexpr,
 ) -> torch.Tensor:
-    """The canonical loop on 2-D tiles, for any GPU, any strides and any case.
-
-    group: how many rows a program looks after. If they are more than block_m, it computes them only
-    where one of them has lse NaN.
-    diagonal: row i sees keys up to i + diagonal.
-    """
-    ln2, lowest = 0.6931471805599453, -3e38  # lowest is finite: -inf - -inf would be NaN
+    """The canonical loop on 2-D tiles, for any GPU, any strides and any case. Arguments as above."""
+    ln2, lowest = 0.6931471805599453, -3e38
     B, H, M, D = q.size()
     Hk, N = k.size(1), k.size(2)
     D = hl.specialize(D)
-    hl.pdl_wait()  # from sm_90 on it is launched while the kernel before it ends
-    for tile_b, tile_g in hl.tile([B * H, M], block_size=[1, group]):
+    for tile_b, tile_m in hl.tile([B * H, M], block_size=[1, block_m]):
         b, h = tile_b.begin // H, tile_b.begin % H
         hk = h // (H // Hk)
-        if group > block_m:
-            marks = lse[b, h, tile_g]
-            some = torch.amax(torch.where(marks == marks, 0, 1))
-            stop = tile_g.begin + some * (tile_g.end - tile_g.begin)
-        else:
-            stop = tile_g.end
-        for tile_m in hl.tile(tile_g.begin, stop, block_size=block_m):
-            last = torch.clamp(tile_m.index + diagonal, max=N - 1)  # the last key that a row sees
-            end = scalar("tl.minimum({0}, tl.maximum(0, {1} + {2}))", N, tile_m.begin + block_m, diagonal)
-            m_i = hl.full([tile_m], lowest, dtype=torch.float32)
-            l_i = hl.zeros([tile_m], dtype=torch.float32)
-            acc = hl.zeros([tile_m, D], dtype=torch.float32)
-            q_tile = q[b, h, tile_m, :]
-            for n in hl.grid(0, end, block_n):
-                keys = n + hl.arange(block_n)
-                k_tile = hl.load(k, [b, hk, keys, slice(None)], extra_mask=(keys < N)[:, None])
-                qk = hl.dot(q_tile, k_tile.T, out_dtype=torch.float32)
-                qk = torch.where(keys[None, :] <= last[:, None], qk * qk_scale, float("-inf"))
-                # The scale is applied here, in float32: on q in bf16 it would round every logit's
-                # input once more than SDPA does.
-                m_ij = torch.maximum(m_i, torch.amax(qk, -1))
-                p = exp2(qk - m_ij[:, None])
-                alpha = exp2(m_i - m_ij)
-                l_i = l_i * alpha + torch.sum(p, -1)
-                m_i = m_ij
-                v_tile = hl.load(v, [b, hk, keys, slice(None)], extra_mask=(keys < N)[:, None])
-                acc = hl.dot(p.to(v.dtype), v_tile, acc=acc * alpha[:, None])
-            inverse = torch.where(last < 0, 0.0, 1 / l_i)  # rows that see nothing are 0
-            lse[b, h, tile_m] = (m_i + log2(l_i)) * ln2
-            out[b, h, tile_m, :] = (acc * inverse[:, None]).to(out.dtype)
+        last = torch.clamp(tile_m.index + diagonal, max=N - 1)  # the last key that a row sees
+        end = scalar("tl.minimum({0}, tl.maximum(0, {1} + {2}))", N, tile_m.begin + block_m, diagonal)
+        columns = hl.arange(D)[None, :]
+        inside = columns < scalar("{0} // 8 * 8", width)
+        m_i = hl.full([tile_m], lowest, dtype=torch.float32)
+        l_i = hl.zeros([tile_m], dtype=torch.float32)
+        acc = hl.zeros([tile_m, D], dtype=torch.float32)
+        q_tile = hl.load(q, [b, h, tile_m.index[:, None], columns], extra_mask=inside)
+        for n in hl.grid(0, end, block_n):
+            keys = n + hl.arange(block_n)
+            k_tile = hl.load(k, [b, hk, keys[:, None], columns], extra_mask=(keys < N)[:, None] & inside)
+            qk = hl.dot(q_tile, k_tile.T, out_dtype=torch.float32)
+            qk = torch.where(keys[None, :] <= last[:, None], qk * qk_scale, float("-inf"))
+            # The scale is applied here, in float32: on q in bf16 it would round every logit's
+            # input once more than SDPA does.
+            m_ij = torch.maximum(m_i, torch.amax(qk, -1))
+            p = exp2(qk - m_ij[:, None])
+            alpha = exp2(m_i - m_ij)
+            l_i = l_i * alpha + torch.sum(p, -1)
+            m_i = m_ij
+            v_tile = hl.load(v, [b, hk, keys[:, None], columns], extra_mask=(keys < N)[:, None] & inside)
+            acc = hl.dot(p.to(v.dtype), v_tile, acc=acc * alpha[:, None])
+        inverse = torch.where(last < 0, 0.0, 1 / l_i)  # rows that see nothing are 0
+        lse[b, h, tile_m] = (m_i + log2(l_i)) * ln2
+        out_tile = (acc * inverse[:, None]).to(out.dtype)
+        hl.store(out, [b, h, tile_m.index[:, None], columns], out_tile, extra_mask=inside)
     return out
 
 
@@ -326,24 +279,22 @@ _calls = {}  # {all that a call depends on but its data: function of q, k, v}
 
 
 @functools.lru_cache(CALLS)
-def _bind(kernel, config, constants, dtype, head_dim, device):
+def _bind(kernel, plan, constants, dtype, D, device):
     """Helion's host function for a kernel. What it is bound with has sizes and strides that follow
-    from nothing else, so that the code depends on none of them."""
+    from nothing else, so that the code depends on none of them. D: a power of two."""
     empty = functools.partial(torch.empty_strided, device=device)
-    some = lambda h, n: empty(
-        (2, h, n, head_dim), ((h + 1) * (n + 8) * 2 * head_dim, (n + 8) * 2 * head_dim, 2 * head_dim, 1), dtype=dtype
-    )
+    stand_in = lambda h, n: empty((2, h, n, D), ((h + 1) * (n + 8) * 2 * D, (n + 8) * 2 * D, 2 * D, 1), dtype=dtype)
     lse = empty((2, 4, 384), (5 * 392, 392, 1))
-    numbers = (0.5, 3, 5, 7) if kernel is hopper_kernel else (0.5, 3)
-    arguments = some(4, 384), some(2, 512), some(2, 512), some(4, 384), lse, *numbers, *constants
+    numbers = (0.5, 5, 3, 7, 9) if kernel is hopper_kernel else (0.5, 5, 3)
+    arguments = stand_in(4, 384), stand_in(2, 512), stand_in(2, 512), stand_in(4, 384), lse, *numbers, *constants
     _binding.hopper = kernel is hopper_kernel
     try:  # Helion looks at the arguments again when it compiles
-        return kernel.bind(arguments).compile_config(config)
+        return kernel.bind(arguments).compile_config(plan.config)
     finally:
         _binding.hopper = False
 
 
-def _prepare(kernel, config, numbers, constants):
+def _prepare(kernel, plan, numbers, constants):
     """The launch of a kernel as a function of q, k, v, out, lse, always with the same strides.
 
     Its first call goes through Helion's host function and remembers what that launches. Later ones
@@ -382,7 +333,7 @@ def _prepare(kernel, config, numbers, constants):
                 x.stride(3) == 1 and x.data_ptr() % 16 == 0 and not any(s % 16 for s in x.stride()[:3])
                 for x in tensors[:4]
             )
-            kind = kernel, config, constants, q.dtype, q.size(3), q.device
+            kind = kernel, plan, constants, q.dtype, triton.next_power_of_2(max(q.size(3), 16)), q.device
             if (*kind, aligned) not in _compiled and q.is_cuda and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError("this has to be compiled: call flash_attention so once before the capture")
             run = _bind(*kind)
@@ -437,9 +388,9 @@ def _check(q, k, v, is_causal, scale, enable_gqa, config):
                 f"{name} requires grad, but this is the forward pass only: "
                 "detach it, or call under torch.no_grad()"
             )
-    if q.size(3) not in HEAD_DIMS:
-        raise ValueError(f"q's head dim (size(3)) must be one of {HEAD_DIMS}, got {q.size(3)}")
-    H, Hk = q.size(1), k.size(1)
+    D, H, Hk = q.size(3), q.size(1), k.size(1)
+    if D % 8 or not 8 <= D <= 256:
+        raise ValueError(f"q's head dim (size(3)) must be a multiple of 8 up to 256, got {D}")
     if not (H == Hk or enable_gqa and Hk > 0 and H % Hk == 0):
         divides = "divide" if enable_gqa else "(without enable_gqa) be"
         raise ValueError(f"k's number of heads (size(1)) must {divides} q's {H}, got {Hk}")
@@ -454,25 +405,28 @@ def _check(q, k, v, is_causal, scale, enable_gqa, config):
         raise ValueError(f"scale must be finite and below 2e38, got {scale}")
     if not isinstance(config, (helion.Config, configs.Plan, type(None))):
         raise TypeError(f"config must be a Config or Plan of configs.py, got {type(config).__name__}")
-    if isinstance(config, helion.Config) and (is_causal is not False or H != Hk):
-        raise ValueError("config is the report's, and its kernel is dense and has as many k as q heads")
-    if isinstance(config, configs.Plan) and config.kernel == "hopper" and (
-        q.dtype == torch.float32 or q.size(3) > 128
-    ):
+    if isinstance(config, helion.Config) and (is_causal is not False or H != Hk or D.bit_count() > 1):
         raise ValueError(
-            f"config takes 16-bit floats and head dims up to 128, got {q.dtype} and {q.size(3)}"
+            "config is the report's, and its kernel is dense, with as many k as q heads and head dims of 2^n"
         )
-    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
-            f"q must be on a CUDA device, got {q.device}: to execute the kernel on the CPU, "
-            "start Python with TRITON_INTERPRET=1 (check.py shows what else that takes)"
-        )
+    if isinstance(config, configs.Plan) and config.kernel == "hopper" and (q.dtype == torch.float32 or D > 128):
+        raise ValueError(f"config takes 16-bit floats and head dims up to 128, got {q.dtype} and {D}")
 
 
 def _readable_by_tma(x):
     """Whether rows are contiguous and begin at multiples of 16 bytes."""
     starts = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:3]))
     return x.stride(3) == 1 and min(starts) > 0 and not any(start % 16 for start in starts)
+
+
+def _out_like(q):
+    """q's layout where its rows are contiguous."""
+    kept = torch.preserve_format if q.stride(3) == 1 else torch.contiguous_format
+    return torch.empty_like(q, memory_format=kept)
+
+
+def _lse_like(q):
+    return q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _report(scale, config):
@@ -505,82 +459,117 @@ def _plan(q, k, v, is_causal, scale, config):
     scale = D**-0.5 if scale is None else scale
     if isinstance(config, helion.Config):
         return _report(scale, config)
-    if config is None:
-        capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
-        config = configs.best(capability, D, q.dtype, N)
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
+    plan = config or configs.best(capability, D, q.dtype, N)
     diagonal = N  # dense: every row sees all N keys
     if is_causal is not False:
         diagonal = N - M if is_causal is CausalVariant.LOWER_RIGHT else 0
     if diagonal >= N - 1:
         diagonal = N
-    out_like = lambda q: torch.empty_like(
-        q, memory_format=torch.preserve_format if q.stride(3) == 1 else torch.contiguous_format
-    )
-    lse_like = lambda q: q.new_empty((B, H, M), dtype=torch.float32)
-    like = out_like(q)
+    like = _out_like(q)
     wide = any(
         max(sum((n - 1) * s for n, s in zip(x.shape, x.stride())), *x.stride()) >= 2**31 for x in (q, k, v, like)
     )
-    general = general_kernel_64 if wide else general_kernel
-    online = q.dtype == torch.float16
-    tiles = B * H * triton.cdiv(M, config.block_m)
-    # hopper_kernel's `quotient` and its int32; its float16 multiplies -inf by the scale.
+    tiles = B * H * triton.cdiv(M, plan.block_m)
+    # hopper_kernel's `quotient` and its int32; and a masked score times its scale has to be -inf.
     large = tiles >= 2**19 or max(q.stride()) >= 2**31 or M * like.stride(2) >= 2**31
-    if config.kernel != "hopper" or (online and scale < 2.0**-100) or large:
-        if config.kernel == "hopper":
-            config = configs.HOPPER_GENERAL
-        run = _prepare(general, config.config, (scale * LOG2E, diagonal),
-                       (config.block_m, config.block_n, config.block_m))  # fmt: skip
-
-        def call(q, k, v):
-            out, lse = out_like(q), lse_like(q)
-            run(q, k, v, out, lse)
-            return out, lse
-
-        return call
-
-    # TMA does not repeat: of heads that are all the same one is enough.
-    first = k.stride(1) == v.stride(1) == 0
-    few = lambda q, k, v: (q, k[:, 0].unsqueeze(1), v[:, 0].unsqueeze(1)) if first else (q, k, v)
-    copied = [not _readable_by_tma(x) for x in few(q, k, v)]
-    fix = lambda *tensors: [
-        x.clone(memory_format=torch.contiguous_format) if copy else x for x, copy in zip(few(*tensors), copied)
-    ]
-    # The last tile holds the end of the keys, and the diagonal where that is a multiple of the tile.
-    if diagonal == N:
-        masked = online and N % config.block_n > 0
-    else:
-        masked = online or diagonal % config.block_n > 0 or config.block_n < config.block_m
-    programs = helion.runtime.get_num_sm(q.device)
-    paired = int(diagonal < N and tiles > programs)
-    fast = _prepare(hopper_kernel, config.config, (scale * LOG2E, diagonal, programs, paired),
-                    (config.block_m, config.block_n, masked, online))  # fmt: skip
-    if not online:
-        other = configs.HOPPER_GENERAL
-        redo = _prepare(general, other.config, (scale * LOG2E, diagonal),
-                        (other.block_m, other.block_n, REDO_ROWS))  # fmt: skip
+    if plan.kernel == "hopper" and (large or D < 16 or scale < 2.0**-100):
+        plan = configs.HOPPER_GENERAL
+    numbers = scale * LOG2E, D, diagonal
+    constants = plan.block_m, plan.block_n
+    fix = lambda *tensors: tensors
+    kernel = general_kernel_64 if wide else general_kernel
+    if plan.kernel == "hopper":
+        kernel = hopper_kernel
+        # TMA does not repeat: of heads that are all the same one is enough.
+        first = k.stride(1) == v.stride(1) == 0
+        few = lambda q, k, v: (q, k[:, 0].unsqueeze(1), v[:, 0].unsqueeze(1)) if first else (q, k, v)
+        copied = [not _readable_by_tma(x) for x in few(q, k, v)]
+        # What fills up a row of q would be the next head's, which may be inf or NaN, and not TMA's zeros.
+        copied[0] |= D.bit_count() > 1 and any(s % q.stride(2) for s in q.stride()[:2])
+        if first or any(copied):
+            fix = lambda *tensors: [
+                x.clone(memory_format=torch.contiguous_format) if copy else x
+                for x, copy in zip(few(*tensors), copied)
+            ]
+        # The last tile holds the end of the keys, and the diagonal where that is a multiple of the tile.
+        masked = diagonal < N and (diagonal % plan.block_n > 0 or plan.block_n < plan.block_m)
+        programs = helion.runtime.get_num_sm(q.device)
+        numbers = *numbers, programs, int(diagonal < N and tiles > programs)
+        constants = *constants, masked
+    launch = _prepare(kernel, plan, numbers, constants)
 
     def call(q, k, v):
-        out, lse = out_like(q), lse_like(q)
+        out, lse = _out_like(q), _lse_like(q)
+        # hopper_kernel makes a descriptor, in scratch memory of its own
         before = _allocation._allocator.set(lambda size, *_: q.new_empty(size, dtype=torch.int8))
-        try:  # hopper_kernel makes a descriptor, in scratch memory of its own
-            fast(*fix(q, k, v), out, lse)
+        try:
+            launch(*fix(q, k, v), out, lse)
         finally:
             _allocation._allocator.reset(before)
-        if not online:
-            redo(q, k, v, out, lse)
         return out, lse
 
     return call
 
 
-def flash_attention(q, k, v, *, is_causal=False, scale=None, enable_gqa=False, config=None):
+def _eager(q, k, v, is_causal, scale, enable_gqa, config):
+    """flash_attention on tensors that have data. Returns out and lse."""
+    try:
+        key = (
+            q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
+            q.device, k.device, v.device, q.data_ptr() % 16, k.data_ptr() % 16, v.data_ptr() % 16,
+            (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled(),
+            is_causal, type(is_causal), scale, enable_gqa, id(config),
+        )  # fmt: skip
+        call, _ = _calls.get(key, (None, None))
+    except (AttributeError, TypeError, RuntimeError):  # not a tensor, without data, nothing to keep
+        _check(q, k, v, is_causal, scale, enable_gqa, config)
+        raise RuntimeError(
+            "q, k and v must be plain tensors: under torch.vmap and torch.func, fold what is mapped into B"
+        ) from None
+    if call is None:
+        _check(q, k, v, is_causal, scale, enable_gqa, config)
+        if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(
+                f"q must be on a CUDA device, got {q.device}: to execute the kernel on the CPU, "
+                "start Python with TRITON_INTERPRET=1 (check.py shows what else that takes)"
+            )
+        if q.numel() == 0 or k.numel() == 0:
+            return torch.zeros_like(q), torch.full_like(_lse_like(q), float("-inf"))
+        with _lock, torch.cuda.device_of(q):
+            call = _plan(q, k, v, is_causal, scale, config)
+            result = call(q, k, v)
+            if len(_calls) >= CALLS:
+                _calls.clear()
+            _calls[key] = call, config  # a config that is kept keeps its id
+        return result
+    if q.is_cuda and q.device.index != torch.cuda.current_device():
+        with torch.cuda.device_of(q):
+            return call(q, k, v)
+    return call(q, k, v)
+
+
+# The same as an operator, for torch.compile, torch.export and fake tensors. Its name has the module's
+# in it: the file may be there twice.
+@torch.library.custom_op(f"{__name__.replace('.', '_')}::forward", mutates_args=())
+def _operator(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: int, scale: float | None, enable_gqa: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _eager(q, k, v, CausalVariant(variant) if variant else False, scale, enable_gqa, None)
+
+
+@_operator.register_fake
+def _(q, k, v, variant, scale, enable_gqa):
+    _check(q, k, v, CausalVariant(variant) if variant else False, scale, enable_gqa, None)
+    return _out_like(q), _lse_like(q)
+
+
+def flash_attention(q, k, v, *, is_causal=False, scale=None, enable_gqa=False, return_lse=False, config=None):
     """softmax(q k^T * scale) v, forward pass, as torch's scaled_dot_product_attention names it.
 
-    q: [B, H, M, D]; k, v: [B, Hk, N, D]. bfloat16, float16 or float32, all three the same; D is 16,
-    32, 64, 128 or 256; M and N are any lengths; any strides. float32 products keep float32's
+    q: [B, H, M, D]; k, v: [B, Hk, N, D]. bfloat16, float16 or float32, all three the same; D is a
+    multiple of 8 up to 256; M and N are any lengths; any strides. float32 products keep float32's
     precision (tf32x3). Sums are float32 throughout, and N * max|v| has to be below its 3.4e38.
-    float16 on Hopper: a score, q k^T * scale, beyond 2^22 can make its row inf or NaN.
     is_causal: True: row i sees keys up to i (CausalVariant.UPPER_LEFT of torch.nn.attention.bias).
     CausalVariant.LOWER_RIGHT: up to i + N - M, so that the last row sees all keys. A row that sees
     none is 0. NaN or inf in v spreads to rows that do not see it, as in SDPA's math backend.
@@ -589,38 +578,30 @@ def flash_attention(q, k, v, *, is_causal=False, scale=None, enable_gqa=False, c
     config: what to run, from configs.py. A Plan runs general_kernel, or on Hopper hopper_kernel. A
     helion.Config is the report's and runs attention_kernel, dense and compiled for each shape. None
     takes what configs.py knows to be best for this GPU.
-    Returns out: [B, H, M, D] in q's dtype and layout.
+    Returns out: [B, H, M, D] in q's dtype and layout. With return_lse, out and lse: [B, H, M], float32,
+    the natural logarithm of each row's sum of exp(q k^T * scale), -inf for a row that sees nothing.
     Tensors are read where they are, heads of k and v that are one head expanded, too. Only what TMA
     cannot read, rows that are not contiguous or do not start at multiples of 16 bytes, and a batch that
-    is expanded, is copied, for hopper_kernel.
+    is expanded, is copied, for hopper_kernel; and q in [B, S, H, D], where D is no power of two.
     The first call of a kind (head dim, dtype, masking, alignment, config) compiles, for seconds; batch,
     heads, lengths and scale are run-time values. Inside CUDA graph capture a kind must not be new.
+    Under torch.compile and torch.export it is one operator, config has to be None. Under autocast q, k
+    and v are cast as SDPA's are.
     Raises TypeError or ValueError, before anything is compiled, on input outside of the above: the
-    message names the argument, what it was and what is accepted.
+    message names the argument, what it was and what is accepted. Under torch.vmap RuntimeError.
     """
-    try:
-        key = (
-            q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
-            q.device, k.device, v.device, q.data_ptr() % 16, k.data_ptr() % 16, v.data_ptr() % 16,
-            (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled(),
-            is_causal, type(is_causal), scale, enable_gqa, config,
-        )  # fmt: skip
-        call = _calls.get(key)
-    except (AttributeError, TypeError):  # not a tensor, or nothing to keep: _check says what
+    if isinstance(q, torch.Tensor) and torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x.to(dtype) if x.is_floating_point() else x for x in (q, k, v))
+    if torch.compiler.is_compiling() or type(q) not in (torch.Tensor, torch.nn.Parameter):
         _check(q, k, v, is_causal, scale, enable_gqa, config)
-        raise
-    if call is None:
-        _check(q, k, v, is_causal, scale, enable_gqa, config)
-        if q.numel() == 0 or k.numel() == 0:
-            return torch.zeros_like(q)
-        with _lock, torch.cuda.device_of(q):
-            call = _plan(q, k, v, is_causal, scale, config)
-            out, _ = call(q, k, v)
-            if len(_calls) >= CALLS:
-                _calls.clear()
-            _calls[key] = call
+        if config is not None:
+            raise ValueError("config must be None under torch.compile: there the default is an operator")
+        out, lse = _operator(q, k, v, int(is_causal), scale, enable_gqa)
+    else:
+        out, lse = _eager(q, k, v, is_causal, scale, enable_gqa, config)
+    if not return_lse:
         return out
-    if q.is_cuda and q.device.index != torch.cuda.current_device():
-        with torch.cuda.device_of(q):
-            return call(q, k, v)[0]
-    return call(q, k, v)[0]
+    if lse is None:
+        raise ValueError("config is the report's, whose kernel has no lse to return")
+    return out, lse
