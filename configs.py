@@ -95,8 +95,8 @@ def _general(block_m, block_n, num_warps, num_stages):
         loop_orders=[[1, 0]], num_stages=num_stages, num_warps=num_warps))  # fmt: skip
 
 
-# What hopper_kernel does not take: no more keys than one tile, scales that are not positive, and
-# D = 256, whose accumulator leaves registers for half the keys.
+# What hopper_kernel leaves to do and what it does not take: no more keys than one tile, scales that are
+# not positive, and D = 256, whose accumulator leaves registers for half the keys.
 HOPPER_GENERAL = _general(128, 128, 8, 2)
 HOPPER_D256 = _general(128, 64, 8, 2)
 

@@ -35,6 +35,7 @@ from triton.runtime import _allocation
 
 LOG2E = 1.4426950408889634  # log2(e): exp(x) = 2^(x log2(e))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+REDO_ROWS = 512  # how many rows of hopper_kernel one program of general_kernel looks after
 
 
 # ---- The kernels ---------------------------------------------------------------------------------
@@ -58,6 +59,17 @@ def exp2(x):
 
 def log2(x):
     return hl.inline_triton("tl.log2({0})", args=(x,), output_like=x)
+
+
+def round_to_bf16(p):
+    """p: float32, rounded to the nearest bfloat16 and still float32. Two elements an instruction:
+    `p.to(torch.bfloat16)` would become one conversion each where its result is widened again."""
+    return hl.inline_triton(
+        "tl.inline_asm_elementwise('{{.reg .b32 t; cvt.rn.bf16x2.f32 t, $3, $2; shl.b32 $0, t, 16;"
+        " and.b32 $1, t, 0xffff0000;}}', '=r,=r,r,r', [{0}], dtype=tl.float32, is_pure=True, pack=2)",
+        args=(p,),
+        output_like=p,
+    )
 
 
 @helion.kernel(static_shapes=True, dot_precision="tf32x3")
@@ -106,26 +118,36 @@ def _hopper_kernel(
     block_m: hl.constexpr,
     block_n: hl.constexpr,
     masked: hl.constexpr,
+    online: hl.constexpr,
 ) -> torch.Tensor:
     """Flash attention in the order that keeps Hopper's tensor cores busy, for tensors that TMA reads.
 
-    The order: an iteration issues q k^T of this tile and then the product of the *previous* tile's p and
-    v, and the exponentials of this tile run while the tensor cores work on that (FlashAttention-3,
+    The order: an iteration issues the product of the *previous* tile's p and v behind q k^T of this
+    tile, and the exponentials of this tile run while the tensor cores work on it (FlashAttention-3,
     section 3.2, arXiv:2407.08608). So the first p is 0, and the last p v comes after the loop.
     The warps (section 3.1): `range_warp_specializes` in the Config makes Triton give one warpgroup
     the loads, and each of two others half of the rows. Neither waits for the other, so q k^T of one
     runs under the exponentials of the other.
     The tiles: program p takes every programs-th of them. paired, where rows see different numbers of
     keys: it takes tile i from a head's end, then tile i from its start, which cost the same together.
-    The mask: only a row's last tile of keys has some that it must not see, those beyond the end or the
-    diagonal. So the loop does not look: behind it, the last tile's softmax is taken again, masked, from
-    where the tile before left the row. masked: more than the last tile has such keys.
 
-    q, out: [B, H, M, width]; k, v: [B, Hk, N, width]. They are bound as [.., D], with the power of two from
-    width on, to which TMA fills up with zeros. lse: [B, H, M], float32, natural logarithm.
+    online: with the running maximum, as FlashAttention does. float16 needs it, whose exponents are few.
+    Otherwise, bfloat16, the maximum is left out, and lse is that of the rounded p. Softmax is the same whatever number is subtracted
+    from a row's scores; here it is -offset, so that the loop has no maximum to find and nothing to
+    rescale. A row whose numbers leave their range gets lse NaN, and general_kernel computes it again.
+    That test is sufficient: with the maximum subtracted, the largest p of a row is 1, and what is
+    below 2^-126 is lost. Here l_i >= visible keys, so the largest p is at least 1, too, and what is
+    lost is no larger beside it, for any v. A p, sum or product beyond 2^128 leaves an inf or NaN in
+    l_i or in acc. In between all is relative: p, exp2's argument and the sums round as they do there.
+
+    q, out: [B, H, M, width]; k, v: [B, Hk, N, width]. They are bound as [.., D], with the power of two
+    from width on, to which TMA fills up with zeros. lse: [B, H, M], float32, natural logarithm.
     qk_scale: scale * log2(e) > 0. diagonal: row i sees keys up to i + diagonal.
+    masked: more than the last tile of keys has some that a row must not see. In the last tile they are
+    masked after the loop, where its p is multiplied.
     """
     ln2, lowest = 0.6931471805599453, -3e38  # lowest is finite: -inf - -inf would be NaN
+    offset = 40.0
     B, H, M, D = q.size()
     Hk, N = k.size(1), k.size(2)
     D = hl.specialize(D)
@@ -141,6 +163,8 @@ def _hopper_kernel(
     items = B * H * places
     rounds = (items + programs - 1) // programs * (1 + paired)
     group = H // Hk
+    hl.pdl_wait()
+    hl.pdl_launch_dependents()  # general_kernel, which waits
     for w in hl.grid(rounds * programs):
         turn = quotient(w, programs)
         second = scalar("{0} & {1}", turn, paired)
@@ -159,7 +183,10 @@ def _hopper_kernel(
         last = torch.clamp(rows + diagonal, max=N - 1)  # the last key that a row sees
         end = scalar("tl.cdiv(tl.minimum({0}, tl.maximum(0, ({1} + 1) * {2} + {3})), {4}) * {4} * {5}",
                      N, tile, block_m, diagonal, block_n, live)  # fmt: skip
-        columns = hl.arange(D) < scalar("{0} // 8 * 8", width)  # so Triton sees whole vectors
+        m_i = hl.full([block_m], lowest, dtype=torch.float32)
+        l_i = hl.zeros([block_m], dtype=torch.float32)
+        acc = hl.zeros([block_m, D], dtype=torch.float32)
+        p = hl.zeros([block_m, block_n], dtype=torch.float32)
         # Made in the kernel: only such a descriptor is halved with its tile. Rows beyond M are not stored.
         row = scalar("{0} * {1} + {2} * {3} + {4} * {5}", b, row_b, h, row_h, tile, block_m)
         column = scalar("{0} * {1} + {2} * {3}", b, column_b, h, column_h)
@@ -168,41 +195,64 @@ def _hopper_kernel(
             args=(q, q_rows, q_columns, stride_m, block_m, D, row, column),
             output_like=hl.zeros([block_m, D], dtype=q.dtype),
         )
-        m_i = hl.full([block_m], lowest, dtype=torch.float32)
-        l_i = hl.zeros([block_m], dtype=torch.float32)
-        acc = hl.zeros([block_m, D], dtype=torch.float32)
-        p = hl.zeros([block_m, block_n], dtype=torch.float32)
-        # m_1 and l_1 are a tile behind, where acc is: it waits for the product that runs meanwhile.
-        m_1 = hl.full([block_m], lowest, dtype=torch.float32)
-        l_1 = hl.zeros([block_m], dtype=torch.float32)
-        qk = hl.zeros([block_m, block_n], dtype=torch.float32)
         for n in hl.grid(0, end, block_n):
             # The previous tile; for the first one, which has none, itself, times the p of 0.
             back = scalar("tl.maximum({0} - {1}, 0)", n, block_n)
             v_tile = v[b, hk, back + hl.arange(block_n), :]
-            scores = hl.dot(q_tile, k[b, hk, n + hl.arange(block_n), :].T, out_dtype=torch.float32)
-            if masked:
-                visible = hl.arange(block_n)[None, :] <= (last - n)[:, None]
-                scores = torch.where(visible, scores, float("-inf"))
-            acc = hl.dot(p.to(v.dtype), v_tile, acc=acc * exp2(m_1 - m_i)[:, None])
-            m_1 = m_i
-            l_1 = l_i
-            m_i = torch.maximum(m_i, torch.amax(scores, -1) * qk_scale)
-            p = exp2(scores * qk_scale - m_i[:, None])
-            l_i = l_i * exp2(m_1 - m_i) + torch.sum(p, -1)
-            qk = scores
-        visible = hl.arange(block_n)[None, :] <= (last - (end - block_n))[:, None]
-        qk = torch.where(visible, qk, float("-inf"))
-        m_i = torch.maximum(m_1, torch.amax(qk, -1) * qk_scale)
-        p = exp2(qk * qk_scale - m_i[:, None])
-        alpha = exp2(m_1 - m_i)
-        l_i = l_1 * alpha + torch.sum(p, -1)
-        v_tile = v[b, hk, end - block_n + hl.arange(block_n), :]
-        acc = hl.dot(p.to(v.dtype), v_tile, acc=acc * alpha[:, None])
+            # The last tile ends with the keys: some of them are then twice there, but no other ones.
+            at = n if masked else scalar("tl.minimum({0}, {1} - {2})", n, N, block_n)
+            qk = hl.dot(q_tile, k[b, hk, at + hl.arange(block_n), :].T, out_dtype=torch.float32)
+            visible = hl.arange(block_n)[None, :] <= (last - n)[:, None]
+            if online:
+                if masked:
+                    qk = torch.where(visible, qk, float("-inf"))
+                m_ij = torch.maximum(m_i, torch.amax(qk, -1) * qk_scale)
+                alpha = exp2(m_i - m_ij)
+                m_i = m_ij
+                x = qk * qk_scale - m_ij[:, None]
+            else:
+                x = qk * qk_scale + offset
+                if masked:
+                    x = torch.where(visible, x, float("-inf"))
+            # The mask before this product and the exponentials behind it: else they do not overlap.
+            acc = hl.dot(p.to(v.dtype), v_tile, acc=acc)
+            p = exp2(x)
+            if online:
+                l_i = l_i * alpha + torch.sum(p, -1)
+                acc = acc * alpha[:, None]
+            else:
+                # l_i has to sum what the tensor cores multiply: else a row of one key would not get
+                # exactly its v. To nearest: a cut would move all that cancels to one side.
+                p = round_to_bf16(p)
+                l_i = l_i + torch.sum(p, -1)
+        at = end - block_n
+        if not masked:
+            at = scalar("tl.minimum({0} - {1}, {2} - {1})", end, block_n, N)
+            keys = at + hl.arange(block_n)
+            visible = (keys >= end - block_n)[None, :] & (keys[None, :] <= last[:, None])
+            if online:
+                l_i = l_i - torch.sum(torch.where(visible, 0.0, p), -1)  # at most half of it
+            else:
+                others = torch.where(end > block_n, l_i - torch.sum(p, -1), 0.0)
+                l_all, l_i = l_i, others + torch.sum(torch.where(visible, p, 0.0), -1)
+                # What was masked here was in l_all, whose rounding is in `others`, unless there are none.
+                exact = (end <= block_n) | (l_i * 2**12 >= l_all)
+            p = torch.where(visible, p, 0.0)
+        acc = hl.dot(p.to(v.dtype), v[b, hk, at + hl.arange(block_n), :], acc=acc)
+        if online:
+            lse_tile = (m_i + log2(l_i)) * ln2
+        else:
+            top = torch.amax(torch.abs(acc), -1)  # NaN if one is NaN
+            fits = (l_i >= last + 1) & (l_i < float("inf")) & (top < float("inf"))
+            if not masked:
+                fits = fits & exact
+            lse_tile = torch.where(fits, (log2(l_i) - offset) * ln2, float("nan"))
         inverse = torch.where(last < 0, 0.0, 1 / l_i)  # rows that see nothing are 0
+        lse_tile = torch.where(last < 0, float("-inf"), lse_tile)
         stored = (rows < M) & (live > 0)
-        hl.store(lse, [b, h, rows], (m_i + log2(l_i)) * ln2, extra_mask=stored)
+        hl.store(lse, [b, h, rows], lse_tile, extra_mask=stored)
         out_tile = (acc * inverse[:, None]).to(out.dtype)
+        columns = hl.arange(D) < scalar("{0} // 8 * 8", width)  # so Triton sees whole vectors
         b, h = b.to(torch.int64), h.to(torch.int64)
         hl.store(out, [b, h, rows[:, None], hl.arange(D)[None, :]], out_tile,
                  extra_mask=stored[:, None] & columns[None, :])  # fmt: skip
@@ -220,41 +270,54 @@ def _general_kernel(
     diagonal: int,
     block_m: hl.constexpr,
     block_n: hl.constexpr,
+    span: hl.constexpr,
 ) -> torch.Tensor:
-    """The canonical loop on 2-D tiles, for any GPU, any strides and any case. Arguments as above."""
+    """The canonical loop on 2-D tiles, for any GPU, any strides and any case. Arguments as above.
+
+    span: how many rows a program looks after. If they are more than block_m, it computes them only
+    where one of them has lse NaN.
+    """
     ln2, lowest = 0.6931471805599453, -3e38
     B, H, M, D = q.size()
     Hk, N = k.size(1), k.size(2)
     D = hl.specialize(D)
-    for tile_b, tile_m in hl.tile([B * H, M], block_size=[1, block_m]):
+    hl.pdl_wait()  # from sm_90 on it is launched while the kernel before it ends
+    for tile_b, tile_s in hl.tile([B * H, M], block_size=[1, span]):
         b, h = tile_b.begin // H, tile_b.begin % H
         hk = h // (H // Hk)
-        last = torch.clamp(tile_m.index + diagonal, max=N - 1)  # the last key that a row sees
-        end = scalar("tl.minimum({0}, tl.maximum(0, {1} + {2}))", N, tile_m.begin + block_m, diagonal)
+        if span > block_m:
+            marks = lse[b, h, tile_s]
+            missing = torch.amax(torch.where(marks == marks, 0, 1))
+            stop = tile_s.begin + missing * (tile_s.end - tile_s.begin)
+        else:
+            stop = tile_s.end
         columns = hl.arange(D)[None, :]
         inside = columns < scalar("{0} // 8 * 8", width)
-        m_i = hl.full([tile_m], lowest, dtype=torch.float32)
-        l_i = hl.zeros([tile_m], dtype=torch.float32)
-        acc = hl.zeros([tile_m, D], dtype=torch.float32)
-        q_tile = hl.load(q, [b, h, tile_m.index[:, None], columns], extra_mask=inside)
-        for n in hl.grid(0, end, block_n):
-            keys = n + hl.arange(block_n)
-            k_tile = hl.load(k, [b, hk, keys[:, None], columns], extra_mask=(keys < N)[:, None] & inside)
-            qk = hl.dot(q_tile, k_tile.T, out_dtype=torch.float32)
-            qk = torch.where(keys[None, :] <= last[:, None], qk * qk_scale, float("-inf"))
-            # The scale is applied here, in float32: on q in bf16 it would round every logit's
-            # input once more than SDPA does.
-            m_ij = torch.maximum(m_i, torch.amax(qk, -1))
-            p = exp2(qk - m_ij[:, None])
-            alpha = exp2(m_i - m_ij)
-            l_i = l_i * alpha + torch.sum(p, -1)
-            m_i = m_ij
-            v_tile = hl.load(v, [b, hk, keys[:, None], columns], extra_mask=(keys < N)[:, None] & inside)
-            acc = hl.dot(p.to(v.dtype), v_tile, acc=acc * alpha[:, None])
-        inverse = torch.where(last < 0, 0.0, 1 / l_i)  # rows that see nothing are 0
-        lse[b, h, tile_m] = (m_i + log2(l_i)) * ln2
-        out_tile = (acc * inverse[:, None]).to(out.dtype)
-        hl.store(out, [b, h, tile_m.index[:, None], columns], out_tile, extra_mask=inside)
+        for tile_m in hl.tile(tile_s.begin, stop, block_size=block_m):
+            last = torch.clamp(tile_m.index + diagonal, max=N - 1)  # the last key that a row sees
+            end = scalar("tl.minimum({0}, tl.maximum(0, {1} + {2}))", N, tile_m.begin + block_m, diagonal)
+            m_i = hl.full([tile_m], lowest, dtype=torch.float32)
+            l_i = hl.zeros([tile_m], dtype=torch.float32)
+            acc = hl.zeros([tile_m, D], dtype=torch.float32)
+            q_tile = hl.load(q, [b, h, tile_m.index[:, None], columns], extra_mask=inside)
+            for n in hl.grid(0, end, block_n):
+                keys = n + hl.arange(block_n)
+                k_tile = hl.load(k, [b, hk, keys[:, None], columns], extra_mask=(keys < N)[:, None] & inside)
+                qk = hl.dot(q_tile, k_tile.T, out_dtype=torch.float32)
+                qk = torch.where(keys[None, :] <= last[:, None], qk * qk_scale, float("-inf"))
+                # The scale is applied here, in float32: on q in bf16 it would round every logit's
+                # input once more than SDPA does.
+                m_ij = torch.maximum(m_i, torch.amax(qk, -1))
+                p = exp2(qk - m_ij[:, None])
+                alpha = exp2(m_i - m_ij)
+                l_i = l_i * alpha + torch.sum(p, -1)
+                m_i = m_ij
+                v_tile = hl.load(v, [b, hk, keys[:, None], columns], extra_mask=(keys < N)[:, None] & inside)
+                acc = hl.dot(p.to(v.dtype), v_tile, acc=acc * alpha[:, None])
+            inverse = torch.where(last < 0, 0.0, 1 / l_i)  # rows that see nothing are 0
+            lse[b, h, tile_m] = (m_i + log2(l_i)) * ln2
+            out_tile = (acc * inverse[:, None]).to(out.dtype)
+            hl.store(out, [b, h, tile_m.index[:, None], columns], out_tile, extra_mask=inside)
     return out
 
 
@@ -452,7 +515,7 @@ def _report(scale, config):
     return call
 
 
-def _plan(q, k, v, is_causal, scale, config):
+def _plan(q, k, v, is_causal, scale, config, exact_lse):
     """What a call runs, as a function of q, k, v that returns out and lse."""
     B, H, M, D = q.shape
     N = k.size(2)
@@ -476,9 +539,10 @@ def _plan(q, k, v, is_causal, scale, config):
     if plan.kernel == "hopper" and (large or D < 16 or scale < 2.0**-100):
         plan = configs.HOPPER_GENERAL
     numbers = scale * LOG2E, D, diagonal
-    constants = plan.block_m, plan.block_n
+    constants = plan.block_m, plan.block_n, plan.block_m
     fix = lambda *tensors: tensors
-    kernel = general_kernel_64 if wide else general_kernel
+    kernel = general = general_kernel_64 if wide else general_kernel
+    redo = None
     if plan.kernel == "hopper":
         kernel = hopper_kernel
         # TMA does not repeat: of heads that are all the same one is enough.
@@ -492,11 +556,17 @@ def _plan(q, k, v, is_causal, scale, config):
                 x.clone(memory_format=torch.contiguous_format) if copy else x
                 for x, copy in zip(few(*tensors), copied)
             ]
-        # The last tile holds the end of the keys, and the diagonal where that is a multiple of the tile.
-        masked = diagonal < N and (diagonal % plan.block_n > 0 or plan.block_n < plan.block_m)
+        online = exact_lse or q.dtype == torch.float16
+        # The last tile holds the end of the keys, and the diagonal where that is a multiple of the tile. A
+        # running maximum must not see what a row does not see.
+        masked = N < plan.block_n if diagonal == N else diagonal % plan.block_n > 0 or plan.block_n < plan.block_m
+        masked |= online and diagonal < N
+        if not online:
+            other = configs.HOPPER_GENERAL
+            redo = _prepare(general, other, numbers, (other.block_m, other.block_n, REDO_ROWS))
         programs = helion.runtime.get_num_sm(q.device)
         numbers = *numbers, programs, int(diagonal < N and tiles > programs)
-        constants = *constants, masked
+        constants = plan.block_m, plan.block_n, masked, online
     launch = _prepare(kernel, plan, numbers, constants)
 
     def call(q, k, v):
@@ -507,19 +577,21 @@ def _plan(q, k, v, is_causal, scale, config):
             launch(*fix(q, k, v), out, lse)
         finally:
             _allocation._allocator.reset(before)
+        if redo is not None:
+            redo(q, k, v, out, lse)
         return out, lse
 
     return call
 
 
-def _eager(q, k, v, is_causal, scale, enable_gqa, config):
+def _eager(q, k, v, is_causal, scale, enable_gqa, config, exact_lse):
     """flash_attention on tensors that have data. Returns out and lse."""
     try:
         key = (
             q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
             q.device, k.device, v.device, q.data_ptr() % 16, k.data_ptr() % 16, v.data_ptr() % 16,
             (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled(),
-            is_causal, type(is_causal), scale, enable_gqa, id(config),
+            is_causal, type(is_causal), scale, enable_gqa, id(config), exact_lse,
         )  # fmt: skip
         call, _ = _calls.get(key, (None, None))
     except (AttributeError, TypeError, RuntimeError):  # not a tensor, without data, nothing to keep
@@ -537,7 +609,7 @@ def _eager(q, k, v, is_causal, scale, enable_gqa, config):
         if q.numel() == 0 or k.numel() == 0:
             return torch.zeros_like(q), torch.full_like(_lse_like(q), float("-inf"))
         with _lock, torch.cuda.device_of(q):
-            call = _plan(q, k, v, is_causal, scale, config)
+            call = _plan(q, k, v, is_causal, scale, config, exact_lse)
             result = call(q, k, v)
             if len(_calls) >= CALLS:
                 _calls.clear()
@@ -553,13 +625,14 @@ def _eager(q, k, v, is_causal, scale, enable_gqa, config):
 # in it: the file may be there twice.
 @torch.library.custom_op(f"{__name__.replace('.', '_')}::forward", mutates_args=())
 def _operator(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: int, scale: float | None, enable_gqa: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _eager(q, k, v, CausalVariant(variant) if variant else False, scale, enable_gqa, None)
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: int, scale: float | None, enable_gqa: bool,
+    exact_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    return _eager(q, k, v, CausalVariant(variant) if variant else False, scale, enable_gqa, None, exact_lse)
 
 
 @_operator.register_fake
-def _(q, k, v, variant, scale, enable_gqa):
+def _(q, k, v, variant, scale, enable_gqa, exact_lse):
     _check(q, k, v, CausalVariant(variant) if variant else False, scale, enable_gqa, None)
     return _out_like(q), _lse_like(q)
 
@@ -590,6 +663,8 @@ def flash_attention(q, k, v, *, is_causal=False, scale=None, enable_gqa=False, r
     Raises TypeError or ValueError, before anything is compiled, on input outside of the above: the
     message names the argument, what it was and what is accepted. Under torch.vmap RuntimeError.
     """
+    if return_lse and isinstance(config, helion.Config):
+        raise ValueError("config is the report's, whose kernel has no lse to return")
     if isinstance(q, torch.Tensor) and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) if x.is_floating_point() else x for x in (q, k, v))
@@ -597,11 +672,7 @@ def flash_attention(q, k, v, *, is_causal=False, scale=None, enable_gqa=False, r
         _check(q, k, v, is_causal, scale, enable_gqa, config)
         if config is not None:
             raise ValueError("config must be None under torch.compile: there the default is an operator")
-        out, lse = _operator(q, k, v, int(is_causal), scale, enable_gqa)
+        out, lse = _operator(q, k, v, int(is_causal), scale, enable_gqa, return_lse)
     else:
-        out, lse = _eager(q, k, v, is_causal, scale, enable_gqa, config)
-    if not return_lse:
-        return out
-    if lse is None:
-        raise ValueError("config is the report's, whose kernel has no lse to return")
-    return out, lse
+        out, lse = _eager(q, k, v, is_causal, scale, enable_gqa, config, return_lse)
+    return (out, lse) if return_lse else out
