@@ -46,6 +46,7 @@ from torch.nn.attention.bias import CausalVariant
 DEVICE = "cuda" if GPU else "cpu"
 HEAD_DIMS = (16, 32, 64, 128, 256)  # what is compiled; others are filled up
 D = 128 if GPU else 64  # head dim of most cases; the interpreter is slow
+RUNS = 200 if GPU else 1  # of which the bits have to be the same
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in flash_attn.DTYPES}
 NAMED = {**configs.CONFIGS, "hopper": configs.HOPPER, "general": configs.HOPPER_GENERAL, "default": None}
 
@@ -407,7 +408,7 @@ def compare_lse(lse, q, k, is_causal=False):
 def head_dims(config, dtype):
     """Multiples of 8 that are no power of two: what fills them up must be 0, and the next head stays out."""
     for dim in (8, 24, 72, 80, 96, 112, 192, 200):
-        if config == "hopper" and dim > 128:
+        if config != "default" and dim > 128:  # these tiles are not for as much
             continue
         q, k, v = (x.transpose(1, 2) for x in make((1, 150, 2, dim), dtype))  # [B, S, H, D] in memory
         q[0, 1], k[0, 1], v[0, 1] = math.nan, math.inf, math.nan  # TMA must not fill up the other head with these
@@ -540,7 +541,7 @@ def report_shape(config, shape):
     """A shape of the report, on a GPU; the float64 reference is taken of two heads."""
     q, k, v = make(shape)
     out = flash_attention(q, k, v, config=NAMED[config])
-    assert out.isfinite().all()
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v), atol=2e-2, rtol=2e-2)
     lines = [compare(*(x[b, h][None, None] for x in (out, q, k, v))) for b, h in ((0, 0), (-1, -1))]
     return lines[-1]
 
@@ -747,11 +748,16 @@ def not_finite(config):
 
 def same_bits(config):
     """Many runs on a GPU, where a race between warps would show in some of them."""
-    q, k, v = make((4, 32, 1024, D) if GPU else (2, 2, 129, D))
-    first, runs = flash_attention(q, k, v, config=NAMED[config]), 500 if GPU else 1
-    for _ in range(runs):
-        assert torch.equal(flash_attention(q, k, v, config=NAMED[config]), first)
-    return f"the same bits as the first, {runs} times"
+    kinds = [dict(config=NAMED[config])]
+    if NAMED[config] is None or isinstance(NAMED[config], configs.Plan):
+        kinds += [dict(kinds[0], is_causal=True), dict(kinds[0], is_causal=True, return_lse=True)]
+    for options in kinds:
+        for shape in ((4, 32, 1024, D), (2, 16, 1001, 64), (2, 8, 8192, D)) if GPU else ((2, 2, 129, D),):
+            q, k, v = make(shape)
+            first = flash_attention(q, k, v, **options)
+            for _ in range(RUNS):
+                torch.testing.assert_close(flash_attention(q, k, v, **options), first, atol=0, rtol=0)
+    return f"the same bits as the first, {RUNS} times each"
 
 
 def every_element_written(config):
@@ -1151,7 +1157,7 @@ def run(group):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-k", metavar="TEXT", default="", help="run only the cases whose name has TEXT in it")
+    parser.add_argument("-k", metavar="REGEX", default="", help="run only the cases in whose name it is found")
     parser.add_argument("--search", metavar="N", type=int, default=64, help="random heads per config and dtype")
     parser.add_argument("--compile", metavar="JSON", help=argparse.SUPPRESS)  # see compile_in_child
     args = parser.parse_args()
@@ -1166,7 +1172,7 @@ def main():
         return 0
     print(f"on {torch.cuda.get_device_name() if GPU else 'the CPU, through Triton`s interpreter'}, "
           f"torch {torch.__version__}, helion {importlib.metadata.version('helion')}", flush=True)  # fmt: skip
-    groups = [[case for case in group if args.k in label(case)] for group in cases(args.search)]
+    groups = [[case for case in group if re.search(args.k, label(case))] for group in cases(args.search)]
     count = dict.fromkeys(("ok", "FAIL", "skip"), 0)
     workers = min(16, os.cpu_count() or 1)
     context = multiprocessing.get_context("spawn")
@@ -1177,7 +1183,7 @@ def main():
                 count[outcome] += 1
                 print(f"{outcome:4s} {name}: {text}", flush=True)
     if not any(count.values()):
-        print(f"no case has {args.k!r} in its name")
+        print(f"{args.k!r} is in no case's name")
     skipped = f", {count['skip']} skipped" if count["skip"] else ""
     print(f"{count['ok']} passed, {count['FAIL']} failed{skipped}")
     return 1 if count["FAIL"] or not count["ok"] else 0

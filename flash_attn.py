@@ -198,8 +198,9 @@ def _hopper_kernel(
         for n in hl.grid(0, end, block_n):
             # The previous tile; for the first one, which has none, itself, times the p of 0.
             back = scalar("tl.maximum({0} - {1}, 0)", n, block_n)
+            p_tile = p.to(v.dtype)  # in front of q k^T, which then has its registers
             v_tile = v[b, hk, back + hl.arange(block_n), :]
-            # The last tile ends with the keys: some of them are then twice there, but no other ones.
+            # The last tile ends where the keys end: some of them are there twice, but nothing else is.
             at = n if masked else scalar("tl.minimum({0}, {1} - {2})", n, N, block_n)
             qk = hl.dot(q_tile, k[b, hk, at + hl.arange(block_n), :].T, out_dtype=torch.float32)
             visible = hl.arange(block_n)[None, :] <= (last - n)[:, None]
@@ -215,7 +216,7 @@ def _hopper_kernel(
                 if masked:
                     x = torch.where(visible, x, float("-inf"))
             # The mask before this product and the exponentials behind it: else they do not overlap.
-            acc = hl.dot(p.to(v.dtype), v_tile, acc=acc)
+            acc = hl.dot(p_tile, v_tile, acc=acc)
             p = exp2(x)
             if online:
                 l_i = l_i * alpha + torch.sum(p, -1)
