@@ -63,7 +63,7 @@ CONFIGS = {"autotuned": AUTOTUNED, "tma_persistent": TMA_PERSISTENT, "tile128": 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # told apart by identity: a Config is slow to hash
 class Plan:
-    """A kernel of flash_attn.py by name, "hopper" or "general", and what it is compiled with."""
+    """A kernel of flash_attn.py by name, "hopper", "blackwell" or "general", and what it is compiled with."""
 
     kernel: str
     block_m: int  # queries a tile
@@ -87,6 +87,11 @@ HOPPER = Plan("hopper", 128, 128, helion.Config(
     range_num_stages=[1, 2],
     range_warp_specializes=[None, True],
 ))  # fmt: skip
+
+# sm_100 through Helion's cute backend, compiled here, but never run: `best` does not name it. The tiles
+# are those that the backend recognises; all else, the pipeline family among it, is left to its seeds,
+# which differ with D, masking and length (S % 256 == 0: "fa4", two query tiles a CTA; else "ws_overlap").
+BLACKWELL_CUTE = Plan("blackwell", 128, 128, helion.Config(block_sizes=[1, 128, 128]))
 
 
 def _general(block_m, block_n, num_warps, num_stages):

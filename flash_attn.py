@@ -358,6 +358,11 @@ def _bind(kernel, plan, constants, dtype, D, device):
         _binding.hopper = False
 
 
+def _not_captured(q):
+    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("this has to be compiled: call flash_attention so once before the capture")
+
+
 def _prepare(kernel, plan, numbers, constants):
     """The launch of a kernel as a function of q, k, v, out, lse, always with the same strides.
 
@@ -398,8 +403,8 @@ def _prepare(kernel, plan, numbers, constants):
                 for x in tensors[:4]
             )
             kind = kernel, plan, constants, q.dtype, triton.next_power_of_2(max(q.size(3), 16)), q.device
-            if (*kind, aligned) not in _compiled and q.is_cuda and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError("this has to be compiled: call flash_attention so once before the capture")
+            if (*kind, aligned) not in _compiled:
+                _not_captured(q)
             run = _bind(*kind)
             tensors = [x.view_as(x) for x in tensors]  # to be told apart, where q, k and v are one tensor
             run(*tensors, *numbers, *constants, _launcher=functools.partial(first, (*kind, aligned)))
@@ -475,6 +480,10 @@ def _check(q, k, v, is_causal, scale, enable_gqa, config):
         )
     if isinstance(config, configs.Plan) and config.kernel == "hopper" and (q.dtype == torch.float32 or D > 128):
         raise ValueError(f"config takes 16-bit floats and head dims up to 128, got {q.dtype} and {D}")
+    if isinstance(config, configs.Plan) and config.kernel == "blackwell" and q.is_cuda:
+        capability = torch.cuda.get_device_capability(q.device)
+        if capability[0] != 10:
+            raise ValueError(f"config takes GPUs of compute capability 10.x, got {capability}")
 
 
 def _readable_by_tma(x):
@@ -516,6 +525,99 @@ def _report(scale, config):
     return call
 
 
+# ---- Blackwell -----------------------------------------------------------------------------------
+
+
+def _blackwell_kernel(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None, causal: hl.constexpr
+) -> torch.Tensor:
+    """The canonical loop, word for word as Helion's cute backend recognises it: a FlashAttention-4 kernel
+    takes its place. Where a line reads otherwise, q scaled before the loop, acc * (1 / l_i), the mask the
+    other way round, it does not, and would compile the loop as it stands, for hardly any speed.
+
+    q, out: [B * H, S, D]; k, v: [B * Hk, S, D]; lse: [B * H, S], or None.
+    What replaces it computes otherwise (helion 1.5.1): it scales the scores in float32 instead of q in its
+    own dtype; rescales acc only where the maximum grows by more than a factor of 2^8; takes a quarter of
+    the exponentials from a polynomial of degree 3 (relative error 9e-5, below a 16-bit float's rounding);
+    and multiplies by an approximate 1 / l_i (rcp.approx, 1 ulp).
+    """
+    BH, S, D = q.size()
+    D = hl.specialize(D)
+    scale = D**-0.5
+    group = BH // k.size(0)
+    for tile_b, tile_m in hl.tile([BH, S]):
+        m_i = hl.full([tile_b, tile_m], float("-inf"), dtype=torch.float32)
+        l_i = hl.zeros([tile_b, tile_m], dtype=torch.float32)
+        acc = hl.zeros([tile_b, tile_m, D], dtype=torch.float32)
+        q_tile = q[tile_b, tile_m, :]
+        for tile_n in hl.tile(S):
+            kv = tile_b.index // group
+            qk = torch.bmm(q_tile * scale, k[kv, tile_n, :].transpose(1, 2), torch.float32)
+            if causal:
+                qk = torch.where(tile_m.index[None, :, None] >= tile_n.index[None, None, :], qk, float("-inf"))
+            m_ij = torch.maximum(m_i, torch.amax(qk, -1))
+            p = torch.exp(qk - m_ij[:, :, None])
+            alpha = torch.exp(m_i - m_ij)
+            l_i = l_i * alpha + torch.sum(p, -1)
+            m_i = m_ij
+            acc = torch.baddbmm(acc * alpha[:, :, None], p.to(v.dtype), v[kv, tile_n, :])
+        if lse is not None:
+            lse[tile_b, tile_m] = m_i + torch.log(l_i)
+        out[tile_b, tile_m, :] = (acc / l_i[:, :, None]).to(out.dtype)
+    return out
+
+
+blackwell_kernel = helion.kernel(_blackwell_kernel, static_shapes=True, backend="cute")
+blackwell_triton = helion.kernel(_blackwell_kernel, static_shapes=True, backend="triton")  # the interpreter's
+
+
+def _blackwell_takes(q, k, v, scale):
+    """Whether blackwell_kernel is for this; what is not, general_kernel computes."""
+    S, D = q.shape[2:]
+    return (
+        q.dtype != torch.float32
+        and D in (64, 128)
+        and S % 128 == 0
+        and S == k.size(2)
+        and math.isclose(scale, D**-0.5)
+        and all(x.is_contiguous() and x.numel() <= 2**31 for x in (q, k, v))
+    )
+
+
+def _blackwell(is_cuda, causal, config, with_lse=False, launcher=None):
+    """A call of blackwell_kernel as a function of q, k, v that returns out and lse, or None for it. Its first
+    call compiles for their shape. Nothing is launched but what was recognised."""
+    kernel = blackwell_kernel if is_cuda else blackwell_triton
+    if launcher is None:
+        launcher = helion.runtime.default_cute_launcher if is_cuda else helion.runtime.default_launcher
+    run = None
+
+    def launch(generated, grid, *args, **options):
+        plans = [plan["kind"] for plan in getattr(generated, "_helion_cute_wrapper_plans", ())]
+        if is_cuda and plans != ["helion_flash"]:
+            raise RuntimeError(
+                f"Helion's cute backend did not recognise blackwell_kernel with {config.config}: "
+                "what it generated is slow and not launched"
+            )
+        return launcher(generated, grid, *args, **options)
+
+    def call(q, k, v):
+        nonlocal run
+        out = torch.empty_like(q)
+        lse = q.new_empty(q.shape[:3], dtype=torch.float32) if with_lse else None
+        arguments = [x if x is None else x.flatten(0, 1) for x in (q, k, v, out, lse)]
+        if run is None:
+            _not_captured(q)
+            try:
+                run = kernel.bind((*arguments, causal)).compile_config(config.config)
+            except helion.exc.CuteBackendUnavailable as error:
+                raise RuntimeError('config blackwell needs CUDA 13 and: pip install "helion[cute]==1.5.1"') from error
+        run(*arguments, causal, _launcher=launch)
+        return out, lse
+
+    return call
+
+
 def _plan(q, k, v, is_causal, scale, config, exact_lse):
     """What a call runs, as a function of q, k, v that returns out and lse."""
     B, H, M, D = q.shape
@@ -523,6 +625,10 @@ def _plan(q, k, v, is_causal, scale, config, exact_lse):
     scale = D**-0.5 if scale is None else scale
     if isinstance(config, helion.Config):
         return _report(scale, config)
+    if config is not None and config.kernel == "blackwell":
+        if _blackwell_takes(q, k, v, scale):
+            return _blackwell(q.is_cuda, is_causal is not False, config, exact_lse)
+        config = None
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
     plan = config or configs.best(capability, D, q.dtype, N)
     diagonal = N  # dense: every row sees all N keys
@@ -649,9 +755,10 @@ def flash_attention(q, k, v, *, is_causal=False, scale=None, enable_gqa=False, r
     none is 0. NaN or inf in v spreads to rows that do not see it, as in SDPA's math backend.
     scale: a float of either sign or 0, below 2e38; 1 / sqrt(D) if None.
     enable_gqa: Hk may be less than H, which it then divides: H / Hk heads of q in a row share one.
-    config: what to run, from configs.py. A Plan runs general_kernel, or on Hopper hopper_kernel. A
-    helion.Config is the report's and runs attention_kernel, dense and compiled for each shape. None
-    takes what configs.py knows to be best for this GPU.
+    config: what to run, from configs.py. A Plan runs general_kernel, or on Hopper hopper_kernel, or on
+    Blackwell, with helion[cute], blackwell_kernel, which is compiled for each shape and leaves to
+    general_kernel what it does not take. A helion.Config is the report's and runs attention_kernel, dense
+    and compiled for each shape. None takes what configs.py knows to be best for this GPU.
     Returns out: [B, H, M, D] in q's dtype and layout. With return_lse, out and lse: [B, H, M], float32,
     the natural logarithm of each row's sum of exp(q k^T * scale), -inf for a row that sees nothing.
     Tensors are read where they are, heads of k and v that are one head expanded, too. Only what TMA
