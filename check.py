@@ -1,6 +1,6 @@
 """Is the kernel right? Run it against PyTorch's SDPA and print every error beside its bound.
 
-    python check.py             # everything; the last line is `N passed, N failed`
+    python check.py             # everything; the last line is `N passed, N failed`, and `, N skipped` if any
     python check.py -k hopper   # only the cases with "hopper" in their name
     python check.py -k search --search 5000   # look for rows that miss the bound, at random
 
@@ -49,6 +49,7 @@ D = 128 if GPU else 64  # head dim of most cases; the interpreter is slow
 RUNS = 200 if GPU else 1  # of which the bits have to be the same
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in flash_attn.DTYPES}
 NAMED = {**configs.CONFIGS, "hopper": configs.HOPPER, "general": configs.HOPPER_GENERAL, "default": None}
+NAMED["blackwell"] = configs.BLACKWELL_CUTE
 
 # The published tables: shape, Helion ms, PyTorch ms, speedup, TFLOPS, as printed.
 PUBLISHED = {
@@ -94,7 +95,7 @@ def patch_interpreter():
     from torch._inductor.runtime.triton_compat import libdevice
     from triton.runtime import interpreter
 
-    libdevice.exp2 = lambda x: tl.exp2(x)  # it has no libdevice
+    libdevice.exp2, libdevice.exp = lambda x: tl.exp2(x), lambda x: tl.exp(x)  # it has no libdevice
     helion._compat._supports_tensor_descriptor = lambda: True  # but TMA it executes, and helion
     supports = ConfigSpec.supports_config_key  # only has to be told
     ConfigSpec.supports_config_key = (
@@ -132,6 +133,18 @@ def patch_interpreter():
 
     interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: create_dot(
         self, widened(a), widened(b), *rest
+    )
+    create_fmul = interpreter.InterpreterBuilder.create_fmul
+
+    def multiply(self, a, b):  # the same; only blackwell_kernel does it outside of a product
+        product = create_fmul(self, widened(a), widened(b))
+        if a.dtype.scalar != tl.bfloat16:
+            return product
+        return interpreter.TensorHandle(convert_float(product.data, tl.float32, tl.bfloat16, None), tl.bfloat16)
+
+    interpreter.InterpreterBuilder.create_fmul = multiply
+    interpreter.InterpreterBuilder.get_bf16 = lambda self, value: interpreter.TensorHandle(
+        convert_float(np.float32([value]), tl.float32, tl.bfloat16, None), tl.bfloat16
     )
     reduce = interpreter.ReduceOps.apply_impl
 
@@ -215,13 +228,68 @@ def pretend(sm):
         yield
 
 
-def machine_code(config, sm, head_dim=128, dtype="bfloat16"):
+def resources(cubin, sm, threads, shared):
+    """What the file cubin takes for a CTA of so many threads and bytes of shared memory. Returns a dict:
+    these two, registers per thread, spilled bytes per thread, CTAs that fit on an SM (0: it does not),
+    and the tensor-core instruction in the machine code with its count, or "none".
+    """
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    run = lambda *command: subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = run(tools / "cuobjdump", "-res-usage", cubin)
+    sass = run(tools / "nvdisasm", "-c", cubin)
+    registers, spilled = (int(x) for x in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    counts = {op: len(re.findall(rf"\b{op}\b", sass)) for op in ("UTCHMMA", "HGMMA", "HMMA")}
+    names = {"UTCHMMA": "tcgen05", "HGMMA": "wgmma", "HMMA": "mma"}
+    return {
+        "threads": threads,
+        "registers": registers,
+        "spilled": spilled,
+        "shared": shared,
+        "ctas": min(65536 // (registers * threads), (CHIPS[sm][1] << 10) // (shared + 1024), 2048 // threads),
+        "instruction": next((f"{names[op]} ({n} {op})" for op, n in counts.items() if n), "none"),
+    }
+
+
+def cute_code(plan, head_dim, dtype, causal=False, group=1, with_lse=False, length=4096):
+    """resources of blackwell_kernel for sm_100a, by Helion's cute backend and the compiler in cutlass-dsl."""
+    os.environ["CUTE_DSL_ARCH"] = "sm_100a"
+    launched = []
+
+    def launch(kernel, grid, *args, block):
+        """flash_attn.py has seen that this kernel is the recognised one: remember it instead."""
+        from helion.runtime.cute import launcher
+
+        entry = launcher._build_cute_schema_and_args(kernel, args, (*grid, 1, 1)[:3])
+        wrapper = launcher._create_cute_wrapper(kernel, entry.schema, (*block, 1, 1)[:3], num_sm=CHIPS[100][0])
+        launched.extend((wrapper, entry.launch_args, math.prod(block)))
+
+    with pretend(100):
+        q, k, v = (torch.empty(16, h, length, head_dim, dtype=DTYPES[dtype], device="cuda")
+                   for h in (64, 64 // group, 64 // group))  # fmt: skip
+        flash_attn._blackwell(True, causal, plan, with_lse, launch)(q, k, v)
+    wrapper, arguments, threads = launched
+    import cutlass.cute
+    from cuda.bindings.driver import CUstream
+
+    with tempfile.TemporaryDirectory() as folder:
+        options = f"--enable-tvm-ffi --keep-cubin --dump-dir={folder}"
+        host = str(cutlass.cute.compile(wrapper, *arguments, CUstream(0), options=options).ir_module)
+        # The launch's dynamic shared memory: the i64 among the fields of cudaLaunchConfig_t.
+        field = re.search(r"\[0, 2\] : .*struct<\(array<3 x i32>, array<3 x i32>, i64, .*\n.*store (%\w+), ", host)
+        shared = re.findall(rf"{field[1]} = llvm.mlir.constant\((\d+) : i64\)", host[: field.start()])[-1]
+        return resources(next(Path(folder).glob("*.cubin")), 100, threads, int(shared))
+
+
+def machine_code(config, sm, head_dim=128, dtype="bfloat16", *case):
     """Compile a Plan or one of the report's Configs for compute capability sm / 10, without such a GPU.
 
-    Returns a dict: registers per thread, spilled bytes per thread, shared memory in bytes, CTAs
-    that fit on an SM (0: it does not), and the tensor-core instruction in the machine code, or "none".
+    Returns the dict of `resources`. case: what else cute_code takes, for a Plan of blackwell_kernel.
     Triton must not be in interpreter mode: see compile_in_child.
     """
+    if isinstance(config, configs.Plan) and config.kernel == "blackwell":
+        return cute_code(config, head_dim, dtype, *case)
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -272,25 +340,12 @@ def machine_code(config, sm, head_dim=128, dtype="bfloat16"):
             raise RuntimeError(f"needs {tmem} columns of tensor memory, an SM has 512")
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
-        tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-        run = lambda *command: subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        usage = run(tools / "cuobjdump", "-res-usage", cubin)
-        sass = run(tools / "nvdisasm", "-c", cubin)
-    registers, spilled = (int(x) for x in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    threads, shared = 32 * compiled.metadata.num_warps, compiled.metadata.shared  # with the loading warps
-    kib = CHIPS[sm][1]
-    names = {"UTCHMMA": "tcgen05 (UTCHMMA)", "HGMMA": "wgmma (HGMMA)", "HMMA": "mma (HMMA)"}
-    return {
-        "registers": registers,
-        "spilled": spilled,
-        "shared": shared,
-        "ctas": min(65536 // (registers * threads), (kib << 10) // (shared + 1024), 2048 // threads),
-        "instruction": next((names[op] for op in names if re.search(rf"\b{op}\b", sass)), "none"),
-    }
+        # with the loading warps
+        return resources(cubin, sm, 32 * compiled.metadata.num_warps, compiled.metadata.shared)
 
 
 def compile_in_child(jobs):
-    """machine_code for each (Plan or Config, sm, head dim, dtype), in a child process.
+    """machine_code for each (Plan or Config, sm, head dim, dtype and so on), in a child process.
 
     The child has the interpreter off. Returns a list of dicts; {"error": reason} where the compiler
     refused.
@@ -1080,6 +1135,71 @@ def default_config(sm):
     return "all head dims fit, none spills data"
 
 
+class Skipped(Exception):
+    """What a case cannot do here, and why."""
+
+
+def needs(cute, sm_100=False):
+    if cute and importlib.util.find_spec("cutlass") is None:
+        raise Skipped("needs helion[cute]")
+    if sm_100 and torch.cuda.get_device_capability()[0] != 10:
+        raise Skipped("needs a GPU of compute capability 10.x, or none")
+
+
+def blackwell(dim, dtype):
+    """blackwell_kernel and its lse; without a GPU as Triton code, which scales q in q's dtype."""
+    needs(GPU, GPU)
+    for length, heads, is_causal in ((256, 4, False), (384, 1, True)):
+        q, k, v = make((1, 4, length, dim), dtype, heads=heads)
+        with mock.patch.object(flash_attn, "_prepare", side_effect=AssertionError("it was not blackwell_kernel")):
+            out = flash_attention(q, k, v, is_causal=is_causal, enable_gqa=True, config=NAMED["blackwell"])
+        line = compare(out, q, k, v, is_causal=is_causal)
+        again, lse = flash_attn._blackwell(GPU, is_causal, NAMED["blackwell"], with_lse=True)(q, k, v)
+        scores = q.double() @ k.double().repeat_interleave(4 // heads, 1).mT * dim**-0.5
+        if is_causal:
+            scores = scores.masked_fill(~seen(q, k, True), -math.inf)
+        assert torch.equal(again, out) and (lse - scores.logsumexp(-1)).abs().max() < 2e-2
+    return line
+
+
+def blackwell_leaves():
+    """What blackwell_kernel does not take, general_kernel computes."""
+    needs(False, GPU)
+    q, k, v = make((1, 2, 256, 64))
+    apart = torch.cat([q, q], -1)[..., :64]
+    cases = [((q[:, :, :129], k, v), {}), ((q, k[:, :, :128], v[:, :, :128]), {}), ((q, k, v), {"scale": 0.1}),
+             ((apart, k, v), {}), (make((1, 2, 256, 64), "float32"), {}), (make((1, 2, 128, 32)), {})]  # fmt: skip
+    with mock.patch.object(flash_attn, "_blackwell", side_effect=AssertionError("it was taken")):
+        lines = [compare(flash_attention(*qkv, **options, config=NAMED["blackwell"]), *qkv, **options)
+                 for qkv, options in cases]  # fmt: skip
+    return lines[-1]
+
+
+def blackwell_compiles(dim, is_causal):
+    """With and without GQA and lse, and where 256 does not divide the length, Helion's cute backend
+    recognises blackwell_kernel, and its machine code for sm_100a spills no data: 16 bytes are addresses."""
+    needs(True)
+    cases = [("bfloat16", is_causal), ("bfloat16", is_causal, 4, True), ("float16", is_causal, 1, True),
+             ("bfloat16", is_causal, 4, False, 384)]  # fmt: skip
+    codes = compile_in_child([(NAMED["blackwell"], 100, dim, *case) for case in cases])
+    for case, code in zip(cases, codes):
+        assert "error" not in code, (case, code["error"])
+        assert code["instruction"].startswith("tcgen05 ") and code["spilled"] <= 16 and code["ctas"] >= 1, (case, code)
+    return f"{len(cases)} cases, the first one: {codes[0]}"
+
+
+def blackwell_refuses(what):
+    """What the backend does not recognise, or not know, is an error instead of a slow kernel."""
+    needs(True)
+    change = {"misspelt": {"cute_flash_pipeline_family": "fa5"}, "order": {"l2_groupings": [4]}}.get(what, {})
+    plan = NAMED["blackwell"]
+    plan = plan._replace(config=helion.Config(**{**plan.config.config, **change}))
+    code = compile_in_child([(plan, 100, 32 if what == "head dim" else 128, "bfloat16")])[0]
+    expected = "pipeline_family must be one of" if what == "misspelt" else "did not recognise blackwell_kernel"
+    assert expected in code.get("error", ""), code
+    return code["error"]
+
+
 def cases(draws):
     """[(function, arguments)], grouped so that one worker process compiles a group's kernel once.
     draws: how many random heads `search` tries for each config and dtype."""
@@ -1091,6 +1211,13 @@ def cases(draws):
         yield [(default_config, (sm,))]
     for key in CLAIMS:
         yield [(cross_compile, key)]
+    for dim in (64, 128):
+        for is_causal in (False, True):
+            yield [(blackwell_compiles, (dim, is_causal))]
+        for dtype in ("bfloat16", "float16"):
+            yield [(blackwell, (dim, dtype))]
+    yield [(blackwell_refuses, (what,)) for what in ("misspelt", "order", "head dim")]
+    yield [(blackwell_leaves, ())]
     for name, dtypes in (("hopper", ("bfloat16", "float16")), ("default", DTYPES)):
         for dtype in dtypes:
             kinds = [kind for kind in HARD if dtype != "float32" or kind != "cancelling"]  # p is not rounded
@@ -1098,7 +1225,7 @@ def cases(draws):
             yield [(hard_rows, (name, kind, dtype)) for kind in kinds] + searches
             yield [(hard_rows, (name, "many_keys", dtype))]
     # Without a GPU "default" is general_kernel, too.
-    for name in NAMED if GPU else NAMED.keys() - {"general"}:
+    for name in NAMED.keys() - ({"blackwell"} if GPU else {"blackwell", "general"}):
         yield [(case, (name,)) for case in shared]
         # hopper takes no float32 and no D = 256
         dims = (16, 64, 128) if name == "hopper" else (16, 64, 128, 256)
@@ -1162,10 +1289,10 @@ def main():
     parser.add_argument("--compile", metavar="JSON", help=argparse.SUPPRESS)  # see compile_in_child
     args = parser.parse_args()
     if args.compile:
-        for (*plan, config), sm, head_dim, dtype in json.loads(args.compile):
+        for (*plan, config), *rest in json.loads(args.compile):
             config = helion.Config.from_json(config)
             try:
-                code = machine_code(configs.Plan(*plan, config) if plan else config, sm, head_dim, dtype)
+                code = machine_code(configs.Plan(*plan, config) if plan else config, *rest)
             except Exception as error:
                 code = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"}
             print("CODE", json.dumps(code), flush=True)
