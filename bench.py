@@ -1,7 +1,7 @@
 """Reproduce the report's tables: Helion against PyTorch's scaled_dot_product_attention (SDPA).
 
     python bench.py                         # the three published tables
-    python bench.py --config tile128        # one of them; or hopper, this project's own
+    python bench.py --config tile128        # one of them; or hopper or blackwell, this project's own
     python bench.py --shape 1,16,2048,64    # your shape [B, H, S, D]; may be repeated
     python bench.py --config hopper --causal --kv-heads 8 --layout bshd   # other cases of attention
     python bench.py > table.md              # markdown goes to stdout, progress to stderr
@@ -17,6 +17,7 @@ import datetime
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -75,8 +76,10 @@ def geomean(values):
 
 
 def versions():
-    names = ("torch", "triton", "helion")
-    return {name: importlib.metadata.version(name) for name in names} | {"cuda": torch.version.cuda}
+    found = {name: importlib.metadata.version(name) for name in ("torch", "triton", "helion")}
+    if importlib.util.find_spec("cutlass"):
+        found["nvidia-cutlass-dsl"] = importlib.metadata.version("nvidia-cutlass-dsl")
+    return found | {"cuda": torch.version.cuda}
 
 
 def chip():
@@ -161,6 +164,8 @@ def competitors(q, k, v, options):
 
 def config_of(name, shape, case):
     """The Config of a table's row; "hopper" is the Plan that flash_attention takes there by itself."""
+    if name == "blackwell":
+        return configs.BLACKWELL_CUTE
     if name == "hopper":
         return configs.best((9, 0), shape[3], check.DTYPES[case.dtype], shape[2])
     return configs.CONFIGS[name]
@@ -352,9 +357,11 @@ def floors(shape, chip_name, case):
 def cpu_table(name, shapes, case):
     """What is known of a config without a GPU. Returns (rows, whether something failed)."""
     chip_name = "H200" if name == "hopper" else "B200"
-    published = {r[0]: r[1:] for r in check.PUBLISHED.get(name, [])}
+    other = "tile128" if name == "blackwell" else name  # the report's best on that chip
+    published = {r[0]: r[1:] for r in check.PUBLISHED.get(other, [])}
     peak, sms, _, tb = CHIPS[chip_name]
-    print(f"\nPublished times{'' if published else ' (none for this config)'}, and what the datasheet of the "
+    which = (f" of {other}" if other != name else "") if published else " (none for this config)"
+    print(f"\nPublished times{which}, and what the datasheet of the "
           f"{chip_name} allows: {peak:.0f} dense bf16 TFLOPS, {sms} SMs, {tb} TB/s.")  # fmt: skip
     table("Config [B, H, S, D]", "Helion (ms)", "PyTorch (ms)", "Speedup", "TFLOPS", "% of peak",
           "Tensor cores (ms)", "Exponentials (ms)", "Memory (ms)")  # fmt: skip
@@ -368,20 +375,22 @@ def cpu_table(name, shapes, case):
         row(bracket(shape), *cells, *(f"{limit:.4f}" for limit in limits))
         results.append({"shape": shape, "published": published.get(shape), "floors_ms": limits})
 
-    say(f"{name}: compiling for sm_90 and sm_100")
+    sms, source = ((100,), "cutlass-dsl") if name == "blackwell" else ((90, 100), "Triton")
+    say(f"{name}: compiling for {' and '.join(f'sm_{sm}' for sm in sms)}")
     head_dim = shapes[0][3]
-    print(f"\nMachine code for D = {head_dim}, {case.dtype}, from the compiler that Triton brings along:")
-    table("Target", "Block sizes", "Registers", "Spilled (bytes)", "Shared memory (bytes)", "CTAs per SM",
-          "Tensor cores")  # fmt: skip
+    print(f"\nMachine code for D = {head_dim}, {case.dtype}, from the compiler that {source} brings along:")
+    table("Target", "Block sizes", "Threads", "Registers", "Spilled (bytes)", "Shared memory (bytes)",
+          "CTAs per SM", "Tensor cores")  # fmt: skip
     used = dict.fromkeys(config_of(name, shape, case) for shape in shapes if shape[3] == head_dim)
-    jobs = [(config, sm, head_dim, case.dtype) for config in used for sm in (90, 100)]
+    group = (case.causal, shapes[0][1] // (case.kv_heads or shapes[0][1])) if name == "blackwell" else ()
+    jobs = [(config, sm, head_dim, case.dtype, *group) for config in used for sm in sms]
     codes = check.compile_in_child(jobs)
     for (config, sm, *_), code in zip(jobs, codes):
         target = f"sm_{sm}", list(config[1:3]) if isinstance(config, configs.Plan) else config.block_sizes
         if "error" in code:
-            row(*target, f"does not compile: {code['error'].replace('|', '/')}", *[""] * 4)
+            row(*target, f"does not compile: {code['error'].replace('|', '/')}", *[""] * 5)
         else:
-            row(*target, *(code[k] for k in ("registers", "spilled", "shared", "ctas", "instruction")))
+            row(*target, *(code[k] for k in ("threads", "registers", "spilled", "shared", "ctas", "instruction")))
 
     small = (1, 2, min(shapes[0][2], 256), head_dim)
     say(f"{name}: executing {bracket(small)} in the interpreter")
@@ -422,7 +431,7 @@ def autotune(shape, case):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"bench.py: {message}\n")  # one line, no usage
-    parser.add_argument("--config", choices=[*configs.CONFIGS, "hopper"], help="one table; default: the three published")
+    parser.add_argument("--config", choices=[*configs.CONFIGS, "hopper", "blackwell"], help="one table; default: the three published")
     parser.add_argument("--shape", type=shape_argument, action="append", metavar="B,H,S,D")
     parser.add_argument("--dtype", choices=list(check.DTYPES), default="bfloat16")
     parser.add_argument("--causal", action="store_true", help="is_causal=True, for all")
@@ -434,10 +443,10 @@ def main():
     args = parser.parse_args()
     case = Case(args.dtype, args.causal, args.kv_heads, args.layout)
     shapes_of = lambda name: args.shape or [r[0] for r in check.PUBLISHED.get(name, check.PUBLISHED["tile128"])]
-    if args.autotune and args.config == "hopper":
-        parser.error("hopper_kernel's Config is not for the autotuner: few of those it tries specialise warps")
-    if args.config != "hopper" and (args.causal or args.kv_heads is not None):
-        parser.error("--causal and --kv-heads need --config hopper: the report's are dense, with equal heads")
+    if args.autotune and args.config in ("hopper", "blackwell"):
+        parser.error(f"--autotune is for the report's kernel, not for {args.config}")
+    if args.config not in ("hopper", "blackwell") and (args.causal or args.kv_heads is not None):
+        parser.error("--causal and --kv-heads need --config hopper or blackwell: the report's are dense, with equal heads")
     for shape in shapes_of(args.config):
         if args.kv_heads is not None and (args.kv_heads < 1 or shape[1] % args.kv_heads):
             parser.error(f"--kv-heads {args.kv_heads} does not divide the {shape[1]} heads of {bracket(shape)}")
