@@ -305,6 +305,8 @@ def machine_code(config, sm, head_dim=128, dtype="bfloat16", *case):
 
     with tempfile.TemporaryDirectory() as folder:
         with pretend(sm):
+            if isinstance(config, configs.Plan):  # which is compiled for the power of two
+                head_dim = next(dim for dim in HEAD_DIMS if dim >= head_dim)
             q, k, v, out = (torch.empty(16, 64, 4096, head_dim, dtype=DTYPES[dtype], device="cuda") for _ in range(4))
             scale = head_dim**-0.5 * LOG2E
             if isinstance(config, helion.Config):
