@@ -213,6 +213,7 @@ def pretend(sm):
             "torch.cuda.is_available": lambda: True,
             "torch.cuda.device_count": lambda: 1,
             "torch.cuda.current_device": lambda: 0,
+            "torch.cuda.is_current_stream_capturing": lambda: False,
             "torch.cuda.get_device_capability": lambda device=None: capability,
             "torch.cuda.get_device_properties": lambda index=None: device,
             "torch.version.cuda": "13.0",
