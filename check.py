@@ -308,20 +308,19 @@ def machine_code(config, sm, head_dim=128, dtype="bfloat16", *case):
         with pretend(sm):
             if isinstance(config, configs.Plan):  # which is compiled for the power of two
                 head_dim = next(dim for dim in HEAD_DIMS if dim >= head_dim)
-            q, k, v, out = (torch.empty(16, 64, 4096, head_dim, dtype=DTYPES[dtype], device="cuda") for _ in range(4))
+            q = torch.empty(16, 64, 4096, head_dim, dtype=DTYPES[dtype], device="cuda")
             scale = head_dim**-0.5 * LOG2E
             if isinstance(config, helion.Config):
-                tensors = [x.view(-1, *x.shape[2:]) for x in (q, k, v, out)]
+                tensors = [q.view(-1, *q.shape[2:])] * 4
                 run = flash_attn.attention_kernel.bind((*tensors, scale)).compile_config(config)
                 run(*tensors, scale, _launcher=launcher)
             else:
-                tensors = q, k, v, out, q.new_empty(16, 64, 4096, dtype=torch.float32)
-                tiles = config.block_m, config.block_n
-                if config.kernel == "hopper":
-                    kernel, numbers, constants = flash_attn.hopper_kernel, (4096, 132, 0), (*tiles, False, dtype == "float16")
-                else:
-                    kernel, numbers, constants = flash_attn.general_kernel, (4096,), (*tiles, tiles[0])
-                numbers = scale, head_dim, *numbers
+                kernel = getattr(flash_attn, f"{config.kernel}_kernel")
+                letters, numbers = flash_attn._TAKES[kernel.fn]
+                tensors = [q.new_empty(16, 64, 4096, dtype=torch.float32) if x == "l" else q for x in letters]
+                numbers = (scale, head_dim, 4096, CHIPS[sm][0], 0)[: len(numbers)]
+                more = {"hopper": (False, dtype == "float16"), "general": (config.block_m,)}.get(config.kernel, ())
+                constants = config.block_m, config.block_n, *more
                 run = flash_attn._bind(kernel, config, constants, DTYPES[dtype], head_dim, q.device)
                 run(*tensors, *numbers, *constants, _launcher=launcher)
         signature, constexprs, attributes = {}, {}, {}
@@ -564,6 +563,155 @@ def decoder(dtype):
     error, other = ((run(attend, dtype) - ref).abs().max().item() for attend in (ours, sdpa))
     assert error <= 2 * other + 1e-6, f"error {error:.2e}, SDPA's {other:.2e}"
     return f"error {error:.2e}, SDPA's {other:.2e}"
+
+
+def attend_by_definition(q, k, v, is_causal, scale=None):
+    """out and lse as autograd differentiates them: a row that sees nothing has no gradient."""
+    k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))
+    mask = seen(q, k, is_causal)
+    some = mask.any(-1)[:, None]
+    scores = q @ k.mT * (q.size(3) ** -0.5 if scale is None else scale)
+    scores = torch.where(some, scores.masked_fill(~mask, -math.inf), 0.0)
+    return scores.softmax(-1).where(some, 0.0) @ v, scores.logsumexp(-1).where(some[:, 0], 0.0)
+
+
+def compare_gradients(qkv, options, with_lse=False, scale=None):
+    """dq, dk and dv of random gradients of out, and of lse, by the bound that `compare` has for out."""
+    is_causal = options.get("is_causal", False)
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    weights = torch.randn(qkv[0].shape, generator=generator, device=DEVICE).to(qkv[0].dtype)
+    of_lse = torch.randn(qkv[0].shape[:3], generator=generator, device=DEVICE) * with_lse
+
+    def gradients(attend, dtype):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in qkv]
+        out, lse = attend(*leaves)
+        lse = torch.where(lse > -math.inf, lse, 0.0)
+        loss = (out * weights.to(dtype)).sum().double() + (lse.double() * of_lse).sum()
+        return torch.autograd.grad(loss, leaves)
+
+    def ours(q, k, v):
+        found = flash_attention(q, k, v, enable_gqa=True, scale=scale, return_lse=with_lse, **options)
+        return found if with_lse else (found, torch.zeros_like(of_lse))
+
+    def sdpa(q, k, v):  # which has no lse
+        mask = None if is_causal is False else seen(q, k, is_causal)
+        out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
+        return out, attend_by_definition(q.float(), k.float(), v.float(), is_causal, scale)[1]
+
+    lines, definition = [], functools.partial(attend_by_definition, is_causal=is_causal, scale=scale)
+    largest = definition(*(x.double() for x in qkv))[1].abs().max().item()
+    ref = gradients(definition, torch.float64)
+    for name, x, other, y in zip("qkv", gradients(ours, qkv[0].dtype), gradients(sdpa, qkv[0].dtype), ref):
+        unit = y.abs().max().item()
+        # p is exp(score - lse), and both are rounded to float32.
+        rounding = (y.to(x.dtype) - y).abs().max().item() + 2.0**-22 * (2 + largest) * unit
+        # In float32 p from lse alone is less exact than SDPA's, from the maximum and the sum.
+        factor = 4 if x.dtype == torch.float32 else 2
+        bound = factor * (other.nan_to_num() - y).abs().max().item() + 2 * rounding
+        error = (x - y).abs().max().item()
+        assert error <= bound, f"d{name}: error {error:.2e} > bound {bound:.2e}"
+        lines.append(f"d{name} {error:.1e} <= {bound:.1e}")
+    return ", ".join(lines)
+
+
+def gradients(config, kind, dtype):
+    """The cases of `causal`, dense ones, head dims that are filled up, [B, S, H, D], a given scale, lse."""
+    options = dict(is_causal=CAUSAL.get(kind, False), config=NAMED[config])
+    for heads, M, N, dim in ((4, 128, 256, D), (2, 150, 300, D), (1, 129, 260, 72), (2, 300, 140, 16), (4, 1, 200, D)):
+        qkv = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in make((1, 4, M, dim), dtype, N, heads)]
+        compare_gradients(qkv, options, scale=0.3 if M == 128 else None)
+        line = compare_gradients(qkv, options, with_lse=True)
+    return line
+
+
+def hard_gradients(config, dtype):
+    """Rows with scores far from 0, and with two levels, of which one has the values."""
+    dtype = DTYPES[dtype]
+    heads = SHIFTS[::2] + [dict(head, values=values) for head in LEVELS[::7] for values in ("upper", "lower")]
+    for i, head in enumerate(heads):
+        qkv = [x[None, None] for x in hard_head(dtype, KEYS, i, **head)]
+        line = compare_gradients(qkv, dict(config=NAMED[config]))
+    return f"{len(heads)} heads, the last one: {line}"
+
+
+def autograd(name):
+    """What autograd asks of a function, beside its numbers."""
+    q, k, v = make((1, 2, 140, D), "float16")
+    if name == "gradcheck":
+        qkv = [x.requires_grad_() for x in make((1, 2, 3, 8), "float32", 5, 1)]
+        attend = lambda *qkv: flash_attention(*qkv, is_causal=CAUSAL["lower_right"], enable_gqa=True, return_lse=True)
+        assert torch.autograd.gradcheck(attend, qkv, eps=1e-2, atol=1e-2, rtol=1e-2, nondet_tol=0.0, fast_mode=True)
+    elif name == "only what is asked for":
+        for i, x in enumerate((q, k, v)):
+            x.requires_grad_()
+            with mock.patch.object(flash_attn, "_gradients", wraps=flash_attn._gradients) as spy:
+                flash_attention(q, k, v).sum().backward()
+            assert spy.call_args.args[-2:] == (i == 0, i > 0) and x.grad is not None
+            assert [y.grad is None for y in (q, k, v)] == [y is not x for y in (q, k, v)]
+            x.requires_grad_(False)
+            x.grad = None
+        with torch.no_grad():
+            assert not flash_attention(q.requires_grad_(), k, v).requires_grad
+    elif name == "second derivative":
+        q.requires_grad_()
+        (dq,) = torch.autograd.grad(flash_attention(q, k, v).square().sum(), q, create_graph=True)
+        try:
+            dq.sum().backward()
+        except RuntimeError as error:
+            assert "once_differentiable" in str(error), error
+        else:
+            raise AssertionError("nothing was raised")
+    elif name == "same bits":
+        q, k, v = (x.requires_grad_() for x in make((2, 16, 1000, D) if GPU else (1, 2, 140, D)))
+        run = lambda: torch.autograd.grad(flash_attention(q, k, v, is_causal=True).square().sum(), (q, k, v))
+        first = run()
+        for _ in range(RUNS):
+            assert all(map(torch.equal, run(), first))
+    elif name == "compile":
+        qkv = [x.requires_grad_() for x in make((2, 4, 140, D), "float16", heads=2)]
+        attend = functools.partial(flash_attention, is_causal=True, enable_gqa=True, return_lse=True)
+        compiled = torch.compile(attend, fullgraph=True, backend="inductor" if GPU else "aot_eager")
+        loss = lambda out, lse: out.square().sum() + lse.sum()
+        expected = torch.autograd.grad(loss(*attend(*qkv)), qkv)
+        for x, y in zip(torch.autograd.grad(loss(*compiled(*qkv)), qkv), expected):
+            torch.testing.assert_close(x, y, atol=2e-3, rtol=2e-3)
+        torch.library.opcheck(flash_attn._operator, (*qkv, 1, None, True, True))
+    return "as documented"
+
+
+def training():
+    """Two layers of a decoder, GQA and causal, learn random tokens in 50 steps as they do with SDPA; half of them
+    with activation checkpointing."""
+    from torch.utils.checkpoint import checkpoint
+
+    H, Hk, C, S, steps = 2, 1, 64, 40, 50
+    tokens = torch.randint(50, (1, S + 1), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+    def losses(attend):
+        torch.manual_seed(0)
+        make_weight = lambda *shape: torch.nn.Parameter((torch.randn(*shape) * shape[0] ** -0.5).to(DEVICE))
+        embed = make_weight(50, C)
+        layers = [[make_weight(C, n * 16) for n in (H, Hk, Hk)] + [make_weight(H * 16, C)] for _ in range(2)]
+        optimizer = torch.optim.Adam([embed, *sum(layers, [])], lr=3e-3)
+
+        def block(x, *weights):
+            q, k, v = ((F.rms_norm(x, (C,)) @ w).unflatten(-1, (-1, 16)).transpose(1, 2) for w in weights[:3])
+            return x + attend(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2) @ weights[3]
+
+        for step in range(steps):
+            x = embed[tokens[:, :-1]]
+            for weights in layers:
+                x = checkpoint(block, x, *weights, use_reentrant=False) if step % 2 else block(x, *weights)
+            loss = F.cross_entropy((x @ embed.T).flatten(0, 1), tokens[:, 1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            yield loss.item()
+
+    ours, sdpa = (torch.tensor(list(losses(attend))) for attend in (flash_attention, F.scaled_dot_product_attention))
+    torch.testing.assert_close(ours, sdpa, rtol=2e-3, atol=2e-3)
+    assert ours[-1] < ours[0] / 2
+    return f"loss {ours[0]:.3f} to {ours[-1]:.3f}, SDPA's {sdpa[-1]:.3f}"
 
 
 class Skipped(Exception):
@@ -1042,7 +1190,8 @@ def bad_input(name):
         "device": (ValueError, "k", lambda: flash_attention(q, k.to("meta"), v)),
         "gqa": (ValueError, "k", lambda: flash_attention(q, k[:, :1], v[:, :1])),
         "is_causal": (TypeError, "is_causal", lambda: flash_attention(q, k, v, is_causal="yes")),
-        "requires grad": (ValueError, "q", lambda: flash_attention(grad, k, v)),
+        "gradient of the report": (ValueError, "config", lambda: flash_attention(
+            grad, k, v, config=configs.TILE128)),
         "not a tensor": (TypeError, "v", lambda: flash_attention(q, k, [1.0])),
         "scale": (ValueError, "scale", lambda: flash_attention(q, k, v, scale=float("nan"))),
         "config": (TypeError, "config", lambda: flash_attention(q, k, v, config="tile128")),
@@ -1131,12 +1280,15 @@ def cross_compile(config, sm):
 
 def default_config(sm):
     """What flash_attention takes when no config is named fits, for each head dim, and spills no data:
-    at most 128 bytes per thread, which are addresses."""
-    best = lambda dim: configs.best(divmod(sm, 10), dim, torch.bfloat16, 4096)
-    for dim, code in zip(HEAD_DIMS, compile_in_child([(best(d), sm, d, "bfloat16") for d in HEAD_DIMS])):
-        assert "error" not in code, (dim, code["error"])
-        assert code["ctas"] >= 1 and code["spilled"] <= 128 and code["instruction"] != "none", (dim, code)
-    return "all head dims fit, none spills data"
+    at most 128 bytes per thread, which are addresses. So do the kernels of the gradient."""
+    capability = divmod(sm, 10)
+    jobs = [(configs.best(capability, dim, torch.bfloat16, 4096), sm, dim, "bfloat16") for dim in HEAD_DIMS]
+    for dim in (64, 128, 256):
+        jobs += [(plan, sm, dim, "bfloat16") for plan in configs.best_gradient(capability, dim, torch.bfloat16)]
+    for (plan, _, dim, _), code in zip(jobs, compile_in_child(jobs)):
+        assert "error" not in code, (plan.kernel, dim, code["error"])
+        assert code["ctas"] >= 1 and code["spilled"] <= 128 and code["instruction"] != "none", (plan.kernel, dim, code)
+    return f"{len(jobs)} kernels fit, none spills data"
 
 
 def needs(cute, sm_100=False):
@@ -1242,7 +1394,7 @@ def cases(draws):
             yield [(large_tensor, (name,))]
     yield [(bad_input, (name,)) for name in (
         "rank", "batch", "heads", "head dim", "length of v", "mixed dtype", "dtype", "unsupported head dim",
-        "device", "gqa", "is_causal", "requires grad", "not a tensor", "scale", "config",
+        "device", "gqa", "is_causal", "gradient of the report", "not a tensor", "scale", "config",
         "config for 16 bits", "lse of the report", "cpu")]  # fmt: skip
     if not GPU:
         yield [(interpreter_rounds, ())]
@@ -1250,6 +1402,16 @@ def cases(draws):
         yield [(copied_files, (where,))]
     yield [(operator, (name,)) for name in ("opcheck", "compile", "export", "autocast", "vmap")]
     yield [(decoder, (dtype,)) for dtype in DTYPES]
+    for kind in ("dense", *CAUSAL):
+        for dtype in DTYPES:
+            yield [(gradients, ("default", kind, dtype))]
+        yield [(gradients, ("hopper", kind, "bfloat16"))]
+    for dtype in DTYPES:
+        yield [(hard_gradients, ("default", dtype))]
+    yield [(hard_gradients, ("hopper", "bfloat16"))]
+    yield [(autograd, (name,)) for name in (
+        "gradcheck", "only what is asked for", "second derivative", "same bits", "compile")]  # fmt: skip
+    yield [(training, ())]
     yield [(transformers_model, ())]
     yield [(report_arithmetic, (name,)) for name in PUBLISHED]
     if GPU:

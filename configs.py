@@ -63,7 +63,7 @@ CONFIGS = {"autotuned": AUTOTUNED, "tma_persistent": TMA_PERSISTENT, "tile128": 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # told apart by identity: a Config is slow to hash
 class Plan:
-    """A kernel of flash_attn.py by name, "hopper", "blackwell" or "general", and what it is compiled with."""
+    """A kernel of flash_attn.py by name, as "hopper" for hopper_kernel, and what it is compiled with."""
 
     kernel: str
     block_m: int  # queries a tile
@@ -133,3 +133,26 @@ def best(capability, head_dim, dtype, length):
     if capability is not None and capability[0] == 10:
         return BLACKWELL[head_dim]
     return AMPERE[head_dim]
+
+
+def _gradient(dkdv, dq):
+    """The Plans of dkdv_kernel and dq_kernel, each from queries a tile, keys a tile, warps, stages."""
+    return tuple(Plan(name, m, n, helion.Config(loop_orders=[[1, 0]], num_stages=stages, num_warps=warps))
+                 for name, (m, n, warps, stages) in (("dkdv", dkdv), ("dq", dq)))  # fmt: skip
+
+
+# By machine code, too. float32 with D = 256 spills, whatever its tiles.
+GRADIENT = {d: _gradient((64, 64, 4, 2), (128, 64, 8, 2)) for d in (16, 32, 64)}
+GRADIENT |= {128: _gradient((64, 64, 8, 2), (64, 64, 8, 2)), 256: _gradient((32, 32, 8, 2), (64, 32, 8, 1))}
+GRADIENT_HOPPER = {d: _gradient((64, 128, 8, 2), (128, 64, 8, 2)) for d in (16, 32, 64)}
+GRADIENT_HOPPER |= {128: _gradient((64, 64, 8, 2), (128, 64, 8, 2)), 256: _gradient((32, 64, 8, 2), (64, 64, 8, 2))}
+GRADIENT_FLOAT32 = {d: _gradient((32, 32, 4, 1), (32, 32, 4, 1)) for d in (16, 32, 64)}
+GRADIENT_FLOAT32 |= {128: _gradient((32, 16, 8, 1), (32, 16, 8, 1)), 256: _gradient((16, 16, 8, 1), (16, 16, 8, 1))}
+
+
+def best_gradient(capability, head_dim, dtype):
+    """The Plans of dkdv_kernel and dq_kernel: arguments as above."""
+    head_dim = max(16, 1 << (head_dim - 1).bit_length())
+    if dtype == torch.float32:
+        return GRADIENT_FLOAT32[head_dim]
+    return (GRADIENT_HOPPER if capability == (9, 0) else GRADIENT)[head_dim]

@@ -322,6 +322,128 @@ def _general_kernel(
     return out
 
 
+# ---- The gradient --------------------------------------------------------------------------------
+# p = exp(scale q k^T - lse), dv = p^T do, ds = p (do v^T - delta), dk = scale ds^T q, dq = scale ds k
+# (FlashAttention-2, algorithm 2). Each gradient is summed by one program in one order: the same bits each run.
+
+
+def _delta_kernel(
+    out: torch.Tensor,
+    do: torch.Tensor,
+    dlse: torch.Tensor,
+    delta: torch.Tensor,
+    width: int,
+    block_m: hl.constexpr,
+    with_dlse: hl.constexpr,
+) -> torch.Tensor:
+    """delta: [B, H, M], float32, the sum of out * do over a row, less the gradient of its lse."""
+    B, H, M, D = out.size()
+    D = hl.specialize(D)
+    for tile_b, tile_m in hl.tile([B * H, M], block_size=[1, block_m]):
+        b, h = tile_b.begin // H, tile_b.begin % H
+        columns = hl.arange(D)[None, :]
+        inside = columns < scalar("{0} // 8 * 8", width)
+        o_tile = hl.load(out, [b, h, tile_m.index[:, None], columns], extra_mask=inside).to(torch.float32)
+        do_tile = hl.load(do, [b, h, tile_m.index[:, None], columns], extra_mask=inside).to(torch.float32)
+        sums = torch.sum(o_tile * do_tile, -1)
+        if with_dlse:
+            sums = sums - dlse[b, h, tile_m]
+        delta[b, h, tile_m] = sums
+    return delta
+
+
+def _dkdv_kernel(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    do: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    scale: float,
+    width: int,
+    diagonal: int,
+    block_m: hl.constexpr,
+    block_n: hl.constexpr,
+) -> torch.Tensor:
+    """dk and dv of a tile of keys, which walks over the queries of all heads that share it. Scores are
+    transposed, s^T = k q^T, so that p^T and ds^T are operands as they are."""
+    log2e = 1.4426950408889634
+    B, H, M, D = q.size()
+    Hk, N = k.size(1), k.size(2)
+    D = hl.specialize(D)
+    for tile_b, tile_n in hl.tile([B * Hk, N], block_size=[1, block_n]):
+        b, hk = tile_b.begin // Hk, tile_b.begin % Hk
+        columns = hl.arange(D)[None, :]
+        inside = columns < scalar("{0} // 8 * 8", width)
+        k_tile = hl.load(k, [b, hk, tile_n.index[:, None], columns], extra_mask=inside)
+        v_tile = hl.load(v, [b, hk, tile_n.index[:, None], columns], extra_mask=inside)
+        dk_acc = hl.zeros([tile_n, D], dtype=torch.float32)
+        dv_acc = hl.zeros([tile_n, D], dtype=torch.float32)
+        first = scalar("tl.maximum({0} - {1}, 0) // {2} * {2}", tile_n.begin, diagonal, block_m)
+        for g in hl.grid(H // Hk):
+            h = hk * (H // Hk) + g
+            for m in hl.grid(first, M, block_m):
+                rows = m + hl.arange(block_m)
+                q_tile = hl.load(q, [b, h, rows[:, None], columns], extra_mask=(rows < M)[:, None] & inside)
+                do_tile = hl.load(do, [b, h, rows[:, None], columns], extra_mask=(rows < M)[:, None] & inside)
+                lse_tile = hl.load(lse, [b, h, rows], extra_mask=rows < M)
+                delta_tile = hl.load(delta, [b, h, rows], extra_mask=rows < M)
+                s = hl.dot(k_tile, q_tile.T, out_dtype=torch.float32) * scale
+                # Rows beyond M have q, do and delta 0. One that sees nothing has lse -inf, and is masked.
+                p = exp2((s - lse_tile[None, :]) * log2e)
+                p = torch.where((tile_n.index[:, None] <= (rows + diagonal)[None, :]), p, 0.0)
+                dv_acc = hl.dot(p.to(v.dtype), do_tile, acc=dv_acc)
+                ds = p * (hl.dot(v_tile, do_tile.T, out_dtype=torch.float32) - delta_tile[None, :])
+                dk_acc = hl.dot(ds.to(k.dtype), q_tile, acc=dk_acc)
+        hl.store(dk, [b, hk, tile_n.index[:, None], columns], (dk_acc * scale).to(dk.dtype), extra_mask=inside)
+        hl.store(dv, [b, hk, tile_n.index[:, None], columns], dv_acc.to(dv.dtype), extra_mask=inside)
+    return dk
+
+
+def _dq_kernel(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    do: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    dq: torch.Tensor,
+    scale: float,
+    width: int,
+    diagonal: int,
+    block_m: hl.constexpr,
+    block_n: hl.constexpr,
+) -> torch.Tensor:
+    """dq of a tile of queries, which walks over the keys."""
+    log2e = 1.4426950408889634
+    B, H, M, D = q.size()
+    Hk, N = k.size(1), k.size(2)
+    D = hl.specialize(D)
+    for tile_b, tile_m in hl.tile([B * H, M], block_size=[1, block_m]):
+        b, h = tile_b.begin // H, tile_b.begin % H
+        hk = h // (H // Hk)
+        last = torch.clamp(tile_m.index + diagonal, max=N - 1)  # the last key that a row sees
+        end = scalar("tl.minimum({0}, tl.maximum(0, {1} + {2}))", N, tile_m.begin + block_m, diagonal)
+        columns = hl.arange(D)[None, :]
+        inside = columns < scalar("{0} // 8 * 8", width)
+        q_tile = hl.load(q, [b, h, tile_m.index[:, None], columns], extra_mask=inside)
+        do_tile = hl.load(do, [b, h, tile_m.index[:, None], columns], extra_mask=inside)
+        lse_tile, delta_tile = lse[b, h, tile_m], delta[b, h, tile_m]
+        acc = hl.zeros([tile_m, D], dtype=torch.float32)
+        for n in hl.grid(0, end, block_n):
+            keys = n + hl.arange(block_n)
+            k_tile = hl.load(k, [b, hk, keys[:, None], columns], extra_mask=(keys < N)[:, None] & inside)
+            v_tile = hl.load(v, [b, hk, keys[:, None], columns], extra_mask=(keys < N)[:, None] & inside)
+            s = hl.dot(q_tile, k_tile.T, out_dtype=torch.float32) * scale
+            p = torch.where(keys[None, :] <= last[:, None], exp2((s - lse_tile[:, None]) * log2e), 0.0)
+            ds = p * (hl.dot(do_tile, v_tile.T, out_dtype=torch.float32) - delta_tile[:, None])
+            acc = hl.dot(ds.to(k.dtype), k_tile, acc=acc)
+        hl.store(dq, [b, h, tile_m.index[:, None], columns], (acc * scale).to(dq.dtype), extra_mask=inside)
+    return dq
+
+
 # ---- The launch ----------------------------------------------------------------------------------
 # helion 1.5.1 offers warp specialisation on sm_100 and up only, though Triton does it for sm_90, too:
 # here it is offered to hopper_kernel, and to others as before.
@@ -333,8 +455,14 @@ loops._supports_warp_specialize = lambda: getattr(_binding, "hopper", False) or 
 # on tensor cores. It does not touch bf16 and fp16. index_dtype: what tensors of 2^31 elements need.
 _kernel = functools.partial(helion.kernel, static_shapes=False, dot_precision="tf32x3")
 hopper_kernel = _kernel(_hopper_kernel)
-general_kernel = _kernel(_general_kernel)
-general_kernel_64 = _kernel(_general_kernel, index_dtype=torch.int64)
+general_kernel, delta_kernel, dkdv_kernel, dq_kernel = map(
+    _kernel, (_general_kernel, _delta_kernel, _dkdv_kernel, _dq_kernel)
+)
+_wide = {x: _kernel(x.fn, index_dtype=torch.int64) for x in (general_kernel, delta_kernel, dkdv_kernel, dq_kernel)}
+# What they take: tensors like q, like k or like lse, and numbers for the first call.
+_TAKES = {_general_kernel: ("qkkql", (0.5, 5, 3)), _hopper_kernel: ("qkkql", (0.5, 5, 3, 7, 9)),
+          _delta_kernel: ("qqll", (5,)), _dkdv_kernel: ("qkkqllkk", (0.5, 5, 3)),
+          _dq_kernel: ("qkkqllq", (0.5, 5, 3))}  # fmt: skip
 
 CALLS = 1024  # how many prepared calls are kept
 _lock = threading.RLock()
@@ -347,10 +475,10 @@ def _bind(kernel, plan, constants, dtype, D, device):
     """Helion's host function for a kernel. What it is bound with has sizes and strides that follow
     from nothing else, so that the code depends on none of them. D: a power of two."""
     empty = functools.partial(torch.empty_strided, device=device)
-    stand_in = lambda h, n: empty((2, h, n, D), ((h + 1) * (n + 8) * 2 * D, (n + 8) * 2 * D, 2 * D, 1), dtype=dtype)
-    lse = empty((2, 4, 384), (5 * 392, 392, 1))
-    numbers = (0.5, 5, 3, 7, 9) if kernel is hopper_kernel else (0.5, 5, 3)
-    arguments = stand_in(4, 384), stand_in(2, 512), stand_in(2, 512), stand_in(4, 384), lse, *numbers, *constants
+    like = lambda h, n: empty((2, h, n, D), ((h + 1) * (n + 8) * 2 * D, (n + 8) * 2 * D, 2 * D, 1), dtype=dtype)
+    stand_in = {"q": lambda: like(4, 384), "k": lambda: like(2, 512), "l": lambda: empty((2, 4, 384), (5 * 392, 392, 1))}
+    letters, numbers = _TAKES[kernel.fn]
+    arguments = *(stand_in[letter]() for letter in letters), *numbers, *constants
     _binding.hopper = kernel is hopper_kernel
     try:  # Helion looks at the arguments again when it compiles
         return kernel.bind(arguments).compile_config(plan.config)
@@ -364,7 +492,7 @@ def _not_captured(q):
 
 
 def _prepare(kernel, plan, numbers, constants):
-    """The launch of a kernel as a function of q, k, v, out, lse, always with the same strides.
+    """The launch of a kernel as a function of its tensors, always with the same strides.
 
     Its first call goes through Helion's host function and remembers what that launches. Later ones
     put their tensors in place of the first ones among the launch's arguments.
@@ -382,14 +510,14 @@ def _prepare(kernel, plan, numbers, constants):
             compiled(all_programs, *arguments)
         else:
             # No integer is compiled in, as 1 or as a multiple of 16, but the strides that `aligned` is about.
-            sizes = ("lse_stride_0", "lse_stride_1")
+            strides = lambda name: "_stride_" in name and name.split("_")[0] not in ("lse", "delta", "dlse")
             plain = [
-                p.name for p, x in zip(triton_kernel.params, arguments) if isinstance(x, int)
-                and not p.is_constexpr and not (aligned and "stride" in p.name and p.name not in sizes)
+                p.name for p, x in zip(triton_kernel.params, arguments)
+                if isinstance(x, int) and not p.is_constexpr and not (aligned and strides(p.name))
             ]  # fmt: skip
             own = triton.jit(triton_kernel.fn, do_not_specialize=plain)
             compiled = helion.runtime.default_launcher(own, all_programs, *arguments, **options)
-            if kernel is not general_kernel_64:  # whose strides may need 32 or 64 bits
+            if kernel not in _wide.values():  # whose strides may need 32 or 64 bits
                 _compiled[kind] = compiled
         grid, args = (*all_programs, 1, 1)[:3], list(arguments)
 
@@ -400,7 +528,7 @@ def _prepare(kernel, plan, numbers, constants):
             device = q.device.index
             aligned = all(
                 x.stride(3) == 1 and x.data_ptr() % 16 == 0 and not any(s % 16 for s in x.stride()[:3])
-                for x in tensors[:4]
+                for x in tensors if x.dim() == 4
             )
             kind = kernel, plan, constants, q.dtype, triton.next_power_of_2(max(q.size(3), 16)), q.device
             if (*kind, aligned) not in _compiled:
@@ -408,7 +536,7 @@ def _prepare(kernel, plan, numbers, constants):
             run = _bind(*kind)
             tensors = [x.view_as(x) for x in tensors]  # to be told apart, where q, k and v are one tensor
             run(*tensors, *numbers, *constants, _launcher=functools.partial(first, (*kind, aligned)))
-            if compiled is None or kernel is general_kernel_64:
+            if compiled is None or kernel in _wide.values():
                 return
             places = []
             for i, x in enumerate(args):
@@ -452,11 +580,6 @@ def _check(q, k, v, is_causal, scale, enable_gqa, config):
                 raise ValueError(
                     f"{name}'s {what} (size({dim})) must be q's {q.size(dim)}, got {x.size(dim)}"
                 )
-        if x.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{name} requires grad, but this is the forward pass only: "
-                "detach it, or call under torch.no_grad()"
-            )
     D, H, Hk = q.size(3), q.size(1), k.size(1)
     if D % 8 or not 8 <= D <= 256:
         raise ValueError(f"q's head dim (size(3)) must be a multiple of 8 up to 256, got {D}")
@@ -618,6 +741,18 @@ def _blackwell(is_cuda, causal, config, with_lse=False, launcher=None):
     return call
 
 
+def _diagonal(is_causal, M, N):
+    """Row i sees keys up to i + diagonal; N, where every row sees all keys."""
+    diagonal = N if is_causal is False else N - M if is_causal is CausalVariant.LOWER_RIGHT else 0
+    return N if diagonal >= N - 1 else diagonal
+
+
+def _is_wide(*tensors):
+    return any(
+        max(sum((n - 1) * s for n, s in zip(x.shape, x.stride())), *x.stride()) >= 2**31 for x in tensors
+    )
+
+
 def _plan(q, k, v, is_causal, scale, config, exact_lse):
     """What a call runs, as a function of q, k, v that returns out and lse."""
     B, H, M, D = q.shape
@@ -627,19 +762,11 @@ def _plan(q, k, v, is_causal, scale, config, exact_lse):
         return _report(scale, config)
     if config is not None and config.kernel == "blackwell":
         if _blackwell_takes(q, k, v, scale):
-            return _blackwell(q.is_cuda, is_causal is not False, config, exact_lse)
+            return _blackwell(q.is_cuda, is_causal is not False, config, True)
         config = None
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
     plan = config or configs.best(capability, D, q.dtype, N)
-    diagonal = N  # dense: every row sees all N keys
-    if is_causal is not False:
-        diagonal = N - M if is_causal is CausalVariant.LOWER_RIGHT else 0
-    if diagonal >= N - 1:
-        diagonal = N
-    like = _out_like(q)
-    wide = any(
-        max(sum((n - 1) * s for n, s in zip(x.shape, x.stride())), *x.stride()) >= 2**31 for x in (q, k, v, like)
-    )
+    diagonal, like = _diagonal(is_causal, M, N), _out_like(q)
     tiles = B * H * triton.cdiv(M, plan.block_m)
     # hopper_kernel's `quotient` and its int32; and a masked score times its scale has to be -inf.
     large = tiles >= 2**19 or max(q.stride()) >= 2**31 or M * like.stride(2) >= 2**31
@@ -648,7 +775,7 @@ def _plan(q, k, v, is_causal, scale, config, exact_lse):
     numbers = scale * LOG2E, D, diagonal
     constants = plan.block_m, plan.block_n, plan.block_m
     fix = lambda *tensors: tensors
-    kernel = general = general_kernel_64 if wide else general_kernel
+    kernel = general = _wide[general_kernel] if _is_wide(q, k, v, like) else general_kernel
     redo = None
     if plan.kernel == "hopper":
         kernel = hopper_kernel
@@ -691,22 +818,39 @@ def _plan(q, k, v, is_causal, scale, config, exact_lse):
     return call
 
 
+def _kept(key, make, config, *tensors):
+    """What the function that make() gives does to tensors; it is kept for the next call with this key."""
+    call, _ = _calls.get(key, (None, None))
+    x = tensors[0]
+    if call is not None and (not x.is_cuda or x.device.index == torch.cuda.current_device()):
+        return call(*tensors)
+    with torch.cuda.device_of(x):
+        if call is not None:
+            return call(*tensors)
+        with _lock:
+            call = make()
+            result = call(*tensors)
+            if len(_calls) >= CALLS:
+                _calls.clear()
+            _calls[key] = call, config  # a config that is kept keeps its id
+            return result
+
+
 def _eager(q, k, v, is_causal, scale, enable_gqa, config, exact_lse):
     """flash_attention on tensors that have data. Returns out and lse."""
     try:
         key = (
             q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
             q.device, k.device, v.device, q.data_ptr() % 16, k.data_ptr() % 16, v.data_ptr() % 16,
-            (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled(),
             is_causal, type(is_causal), scale, enable_gqa, id(config), exact_lse,
         )  # fmt: skip
-        call, _ = _calls.get(key, (None, None))
+        known = key in _calls
     except (AttributeError, TypeError, RuntimeError):  # not a tensor, without data, nothing to keep
         _check(q, k, v, is_causal, scale, enable_gqa, config)
         raise RuntimeError(
             "q, k and v must be plain tensors: under torch.vmap and torch.func, fold what is mapped into B"
         ) from None
-    if call is None:
+    if not known:
         _check(q, k, v, is_causal, scale, enable_gqa, config)
         if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(
@@ -715,17 +859,65 @@ def _eager(q, k, v, is_causal, scale, enable_gqa, config, exact_lse):
             )
         if q.numel() == 0 or k.numel() == 0:
             return torch.zeros_like(q), torch.full_like(_lse_like(q), float("-inf"))
-        with _lock, torch.cuda.device_of(q):
-            call = _plan(q, k, v, is_causal, scale, config, exact_lse)
-            result = call(q, k, v)
-            if len(_calls) >= CALLS:
-                _calls.clear()
-            _calls[key] = call, config  # a config that is kept keeps its id
-        return result
-    if q.is_cuda and q.device.index != torch.cuda.current_device():
-        with torch.cuda.device_of(q):
-            return call(q, k, v)
-    return call(q, k, v)
+    return _kept(key, lambda: _plan(q, k, v, is_causal, scale, config, exact_lse), config, q, k, v)
+
+
+def _gradients(q, k, v, out, lse, do, dlse, is_causal, scale, of_q, of_kv):
+    """dq, dk, dv, or None for those that are not asked for."""
+    if do is None:
+        do = torch.zeros_like(out)
+    key = (
+        "gradients", *((x.shape, x.stride(), x.data_ptr() % 16) for x in (q, k, v, out, do)),
+        q.dtype, q.device, None if dlse is None else dlse.stride(), is_causal, scale, of_q, of_kv,
+    )  # fmt: skip
+
+    def make():
+        capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
+        plan_kv, plan_q = configs.best_gradient(capability, q.size(3), q.dtype)
+        factor = q.size(3) ** -0.5 if scale is None else scale
+        numbers = float(factor), q.size(3), _diagonal(is_causal, q.size(2), k.size(2))
+        kernels = delta_kernel, dkdv_kernel, dq_kernel
+        if _is_wide(q, k, v, out, do):
+            kernels = [_wide[kernel] for kernel in kernels]
+        run = _prepare(kernels[0], plan_q, numbers[1:2], (64, dlse is not None))
+        run_kv = _prepare(kernels[1], plan_kv, numbers, (plan_kv.block_m, plan_kv.block_n))
+        run_q = _prepare(kernels[2], plan_q, numbers, (plan_q.block_m, plan_q.block_n))
+
+        def call(q, k, v, out, lse, do, dlse):
+            delta = torch.empty_like(lse)
+            run(out, do, dlse, delta)
+            dq = dk = dv = None
+            if of_kv:
+                dk, dv = _out_like(k), _out_like(v)
+                run_kv(q, k, v, do, lse, delta, dk, dv)
+            if of_q:
+                dq = _out_like(q)
+                run_q(q, k, v, do, lse, delta, dq)
+            return dq, dk, dv
+
+        return call
+
+    if q.numel() == 0 or k.numel() == 0:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    return _kept(key, make, None, q, k, v, out, lse, do, lse if dlse is None else dlse)
+
+
+class _Attention(torch.autograd.Function):
+    """flash_attention with its gradient, eagerly."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, is_causal, scale, enable_gqa, config, exact_lse):
+        out, lse = _eager(q, k, v, is_causal, scale, enable_gqa, config, exact_lse)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.options = is_causal, scale
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do, dlse):
+        of_q, *of_kv = ctx.needs_input_grad[:3]
+        return *_gradients(*ctx.saved_tensors, do, dlse, *ctx.options, of_q, any(of_kv)), *[None] * 5
 
 
 # The same as an operator, for torch.compile, torch.export and fake tensors. Its name has the module's
@@ -744,8 +936,37 @@ def _(q, k, v, variant, scale, enable_gqa, exact_lse):
     return _out_like(q), _lse_like(q)
 
 
+@torch.library.custom_op(f"{__name__.replace('.', '_')}::backward", mutates_args=())
+def _backward_operator(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, do: torch.Tensor,
+    dlse: torch.Tensor | None, variant: int, scale: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    is_causal = CausalVariant(variant) if variant else False
+    return _gradients(q, k, v, out, lse, do, dlse, is_causal, scale, True, True)
+
+
+@_backward_operator.register_fake
+def _(q, k, v, out, lse, do, dlse, variant, scale):
+    return _out_like(q), _out_like(k), _out_like(v)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3], *output)
+    ctx.options = inputs[3:5]
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, do, dlse):
+    q, k, v, out, lse = ctx.saved_tensors
+    do = torch.zeros_like(out) if do is None else do
+    return *_backward_operator(q, k, v, out, lse, do, dlse, *ctx.options), *[None] * 4
+
+
+_operator.register_autograd(_differentiate, setup_context=_save)
+
+
 def flash_attention(q, k, v, *, is_causal=False, scale=None, enable_gqa=False, return_lse=False, config=None):
-    """softmax(q k^T * scale) v, forward pass, as torch's scaled_dot_product_attention names it.
+    """softmax(q k^T * scale) v as torch's scaled_dot_product_attention names it, and its gradient.
 
     q: [B, H, M, D]; k, v: [B, Hk, N, D]. bfloat16, float16 or float32, all three the same; D is a
     multiple of 8 up to 256; M and N are any lengths; any strides. float32 products keep float32's
@@ -761,6 +982,7 @@ def flash_attention(q, k, v, *, is_causal=False, scale=None, enable_gqa=False, r
     and compiled for each shape. None takes what configs.py knows to be best for this GPU.
     Returns out: [B, H, M, D] in q's dtype and layout. With return_lse, out and lse: [B, H, M], float32,
     the natural logarithm of each row's sum of exp(q k^T * scale), -inf for a row that sees nothing.
+    Differentiable once, with respect to q, k, v, out and lse, and the same bits at every run.
     Tensors are read where they are, heads of k and v that are one head expanded, too. Only what TMA
     cannot read, rows that are not contiguous or do not start at multiples of 16 bytes, and a batch that
     is expanded, is copied, for hopper_kernel; and q in [B, S, H, D], where D is no power of two.
@@ -776,11 +998,15 @@ def flash_attention(q, k, v, *, is_causal=False, scale=None, enable_gqa=False, r
     if isinstance(q, torch.Tensor) and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) if x.is_floating_point() else x for x in (q, k, v))
+    gradient = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (q, k, v))
+    if gradient and isinstance(config, helion.Config):
+        raise ValueError("config is the report's, whose kernel has no gradient: detach q, k and v")
     if torch.compiler.is_compiling() or type(q) not in (torch.Tensor, torch.nn.Parameter):
         _check(q, k, v, is_causal, scale, enable_gqa, config)
         if config is not None:
             raise ValueError("config must be None under torch.compile: there the default is an operator")
         out, lse = _operator(q, k, v, int(is_causal), scale, enable_gqa, return_lse)
     else:
-        out, lse = _eager(q, k, v, is_causal, scale, enable_gqa, config, return_lse)
+        run = _Attention.apply if gradient else _eager
+        out, lse = run(q, k, v, is_causal, scale, enable_gqa, config, return_lse)
     return (out, lse) if return_lse else out
