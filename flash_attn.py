@@ -1,4 +1,4 @@
-"""Flash attention, forward pass, in Helion: softmax(q k^T * scale) v without the score matrix.
+"""Flash attention, forward and backward, in Helion: softmax(q k^T * scale) v without the score matrix.
 
     from flash_attn import flash_attention
     out = flash_attention(q, k, v)          # [B, H, S, D] in, [B, H, S, D] out
