@@ -328,15 +328,9 @@ def _general_kernel(
 
 
 def _delta_kernel(
-    out: torch.Tensor,
-    do: torch.Tensor,
-    dlse: torch.Tensor,
-    delta: torch.Tensor,
-    width: int,
-    block_m: hl.constexpr,
-    with_dlse: hl.constexpr,
+    out: torch.Tensor, do: torch.Tensor, delta: torch.Tensor, width: int, block_m: hl.constexpr
 ) -> torch.Tensor:
-    """delta: [B, H, M], float32, the sum of out * do over a row, less the gradient of its lse."""
+    """delta: [B, H, M], float32, the sum of out * do over a row."""
     B, H, M, D = out.size()
     D = hl.specialize(D)
     for tile_b, tile_m in hl.tile([B * H, M], block_size=[1, block_m]):
@@ -345,10 +339,7 @@ def _delta_kernel(
         inside = columns < scalar("{0} // 8 * 8", width)
         o_tile = hl.load(out, [b, h, tile_m.index[:, None], columns], extra_mask=inside).to(torch.float32)
         do_tile = hl.load(do, [b, h, tile_m.index[:, None], columns], extra_mask=inside).to(torch.float32)
-        sums = torch.sum(o_tile * do_tile, -1)
-        if with_dlse:
-            sums = sums - dlse[b, h, tile_m]
-        delta[b, h, tile_m] = sums
+        delta[b, h, tile_m] = torch.sum(o_tile * do_tile, -1)
     return delta
 
 
@@ -461,7 +452,7 @@ general_kernel, delta_kernel, dkdv_kernel, dq_kernel = map(
 _wide = {x: _kernel(x.fn, index_dtype=torch.int64) for x in (general_kernel, delta_kernel, dkdv_kernel, dq_kernel)}
 # What they take: tensors like q, like k or like lse, and numbers for the first call.
 _TAKES = {_general_kernel: ("qkkql", (0.5, 5, 3)), _hopper_kernel: ("qkkql", (0.5, 5, 3, 7, 9)),
-          _delta_kernel: ("qqll", (5,)), _dkdv_kernel: ("qkkqllkk", (0.5, 5, 3)),
+          _delta_kernel: ("qql", (5,)), _dkdv_kernel: ("qkkqllkk", (0.5, 5, 3)),
           _dq_kernel: ("qkkqllq", (0.5, 5, 3))}  # fmt: skip
 
 CALLS = 1024  # how many prepared calls are kept
@@ -510,7 +501,7 @@ def _prepare(kernel, plan, numbers, constants):
             compiled(all_programs, *arguments)
         else:
             # No integer is compiled in, as 1 or as a multiple of 16, but the strides that `aligned` is about.
-            strides = lambda name: "_stride_" in name and name.split("_")[0] not in ("lse", "delta", "dlse")
+            strides = lambda name: "_stride_" in name and name.split("_")[0] not in ("lse", "delta")
             plain = [
                 p.name for p, x in zip(triton_kernel.params, arguments)
                 if isinstance(x, int) and not p.is_constexpr and not (aligned and strides(p.name))
@@ -868,7 +859,7 @@ def _gradients(q, k, v, out, lse, do, dlse, is_causal, scale, of_q, of_kv):
         do = torch.zeros_like(out)
     key = (
         "gradients", *((x.shape, x.stride(), x.data_ptr() % 16) for x in (q, k, v, out, do)),
-        q.dtype, q.device, None if dlse is None else dlse.stride(), is_causal, scale, of_q, of_kv,
+        q.dtype, q.device, dlse is None, is_causal, scale, of_q, of_kv,
     )  # fmt: skip
 
     def make():
@@ -879,13 +870,15 @@ def _gradients(q, k, v, out, lse, do, dlse, is_causal, scale, of_q, of_kv):
         kernels = delta_kernel, dkdv_kernel, dq_kernel
         if _is_wide(q, k, v, out, do):
             kernels = [_wide[kernel] for kernel in kernels]
-        run = _prepare(kernels[0], plan_q, numbers[1:2], (64, dlse is not None))
+        run = _prepare(kernels[0], plan_q, numbers[1:2], (64,))
         run_kv = _prepare(kernels[1], plan_kv, numbers, (plan_kv.block_m, plan_kv.block_n))
         run_q = _prepare(kernels[2], plan_q, numbers, (plan_q.block_m, plan_q.block_n))
 
         def call(q, k, v, out, lse, do, dlse):
             delta = torch.empty_like(lse)
-            run(out, do, dlse, delta)
+            run(out, do, delta)
+            if dlse is not None:
+                delta -= dlse
             dq = dk = dv = None
             if of_kv:
                 dk, dv = _out_like(k), _out_like(v)
@@ -899,7 +892,7 @@ def _gradients(q, k, v, out, lse, do, dlse, is_causal, scale, of_q, of_kv):
 
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    return _kept(key, make, None, q, k, v, out, lse, do, lse if dlse is None else dlse)
+    return _kept(key, make, None, q, k, v, out, lse, do, dlse)
 
 
 class _Attention(torch.autograd.Function):
