@@ -287,7 +287,7 @@ def cute_code(plan, head_dim, dtype, causal=False, group=1, with_lse=False, leng
 def machine_code(config, sm, head_dim=128, dtype="bfloat16", *case):
     """Compile a Plan or one of the report's Configs for compute capability sm / 10, without such a GPU.
 
-    Returns the dict of `resources`. case: what else cute_code takes, for a Plan of blackwell_kernel.
+    Returns the dict of `resources`. case: masked and online of hopper_kernel, what else cute_code takes.
     Triton must not be in interpreter mode: see compile_in_child.
     """
     if isinstance(config, configs.Plan) and config.kernel == "blackwell":
@@ -319,7 +319,7 @@ def machine_code(config, sm, head_dim=128, dtype="bfloat16", *case):
                 letters, numbers = flash_attn._TAKES[kernel.fn]
                 tensors = [q.new_empty(16, 64, 4096, dtype=torch.float32) if x == "l" else q for x in letters]
                 numbers = (scale, head_dim, 4096, CHIPS[sm][0], 0)[: len(numbers)]
-                more = {"hopper": (False, dtype == "float16"), "general": (config.block_m,)}.get(config.kernel, ())
+                more = {"hopper": case or (False, dtype == "float16"), "general": (config.block_m,)}.get(config.kernel, ())
                 constants = config.block_m, config.block_n, *more
                 run = flash_attn._bind(kernel, config, constants, DTYPES[dtype], head_dim, q.device)
                 run(*tensors, *numbers, *constants, _launcher=launcher)
@@ -477,6 +477,55 @@ def head_dims(config, dtype):
     return line
 
 
+def unseen(config, dtype, with_lse):
+    """Keys beyond the diagonal, in a row's own tile, that would beat all that it sees by 2^20 and more."""
+    options = dict(config=NAMED[config], return_lse=with_lse)
+    for kind, M, N in (("upper_left", 256, 256), ("lower_right", 200, 328), ("lower_right", 150, 300)):
+        q, k, v = make((1, 1, M, D), dtype, N)
+        q[..., 0], k[..., 0] = 8, 0
+        k[:, :, -6:, 0] = 2.5 * D**0.5
+        out = flash_attention(q, k, v, is_causal=CAUSAL[kind], **options)
+        out = out[0] if with_lse else out
+        rows = slice(0, M - 6)  # those that do not see them
+        line = compare(out[:, :, rows], q[:, :, rows], k[:, :, : N - 6], v[:, :, : N - 6], is_causal=CAUSAL[kind])
+    return line
+
+
+def another_call(config):
+    """A call that is like the last one but for one thing is another call: strides, alignment, options, dtypes."""
+    config, (q, k, v) = NAMED[config], make((1, 2, 144, D))
+    apart = lambda x: torch.cat([x, x], 2)[:, :, :144]
+    odd = lambda x: torch.cat([x, x], -1)[..., 1 : D + 1].clone().view(-1).new_empty(x.numel() + 1)[1:].view_as(x).copy_(x)
+    for i in range(3):
+        for change in (apart, odd):
+            qkv = [change(x) if i == j else x for j, x in enumerate((q, k, v))]
+            copies = []
+            clone = torch.Tensor.clone
+            with mock.patch.object(torch.Tensor, "clone", lambda x, **o: copies.append(x) or clone(x, **o)):
+                out = flash_attention(*qkv, config=config)
+            assert len(copies) == (change is odd and config is configs.HOPPER), "another alignment, and it was not seen"
+            compare(out, *qkv)
+            compare(flash_attention(q, k, v, config=config), q, k, v)
+    for options in (dict(is_causal=True), dict(scale=0.2), dict(is_causal=CAUSAL["lower_right"])):
+        compare(flash_attention(q, k[:, :, :130], v[:, :, :130], config=config, **options), q, k[:, :, :130],
+                v[:, :, :130], options.get("scale"), is_causal=options.get("is_causal", False))  # fmt: skip
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        flash_attn._bind.cache_clear()  # as in a process whose first call it is
+        flash_attn._compiled.clear()
+        flash_attn._calls.clear()
+        out, lse = flash_attention(q, k, v, return_lse=True, config=config)
+    finally:
+        torch.set_default_dtype(before)
+    compare_lse(lse, q, k)
+    negative = torch.complex(q.float(), q.float()).conj().imag  # -q, of which only a bit says so
+    for attend in (flash_attention, F.scaled_dot_product_attention):
+        found = attend(negative, k.float(), v.float())
+        torch.testing.assert_close(found, attend(-q.float(), k.float(), v.float()))
+    return compare(out, q, k, v)
+
+
 def split_keys(config, dtype):
     """The README's merge of results over parts of the keys, by their lse, is attention over all of them."""
     q, k, v = make((1, 2, 130, D), dtype, 400)
@@ -527,8 +576,17 @@ def operator(name):
         compare(program.module()(q, k, v)[0], q, k, v, is_causal=True)
     elif name == "autocast":
         q, k, v = (x.float() for x in (q, k, v))
+        expected = attend(q.bfloat16(), k.bfloat16(), v.bfloat16())[0]
         with torch.autocast(DEVICE, torch.bfloat16):
-            assert attend(q, k, v)[0].dtype == F.scaled_dot_product_attention(q, q, q).dtype == torch.bfloat16
+            assert F.scaled_dot_product_attention(q, q, q).dtype == torch.bfloat16
+            assert torch.equal(attend(q, k, v)[0], expected)
+            for wrong in (q.double(), [1.0]):
+                try:
+                    attend(wrong, k, v)
+                except TypeError as error:
+                    assert str(error).startswith("q"), error
+                else:
+                    raise AssertionError("nothing was raised")
     elif name == "vmap":
         try:
             torch.vmap(lambda q: flash_attention(q, q, q))(torch.stack([q, q]))
@@ -652,6 +710,14 @@ def autograd(name):
             x.grad = None
         with torch.no_grad():
             assert not flash_attention(q.requires_grad_(), k, v).requires_grad
+    elif name == "forward mode":
+        with torch.autograd.forward_ad.dual_level():
+            try:
+                flash_attention(torch.autograd.forward_ad.make_dual(q, q), k, v)
+            except RuntimeError as error:
+                assert "forward-mode" in str(error), error
+            else:
+                raise AssertionError("nothing was raised")
     elif name == "second derivative":
         q.requires_grad_()
         (dq,) = torch.autograd.grad(flash_attention(q, k, v).square().sum(), q, create_graph=True)
@@ -1278,6 +1344,17 @@ def cross_compile(config, sm):
     return f"{code['instruction']}, {code['registers']} registers, {code['spilled']} B spilled"
 
 
+def hopper_variants(head_dim):
+    """hopper_kernel is specialised, 12 warps, and spills no data, masked or not, online or not."""
+    variants = [(masked, online) for masked in (False, True) for online in (False, True)]
+    jobs = [(configs.HOPPER, 90, head_dim, "float16" if online else "bfloat16", masked, online)
+            for masked, online in variants]  # fmt: skip
+    for variant, code in zip(variants, compile_in_child(jobs)):
+        assert "error" not in code, (variant, code["error"])
+        assert code["threads"] == 384 and code["spilled"] <= 32 and code["ctas"] >= 1, (variant, code)
+    return f"{len(variants)} variants, 384 threads each"
+
+
 def default_config(sm):
     """What flash_attention takes when no config is named fits, for each head dim, and spills no data:
     at most 128 bytes per thread, which are addresses. So do the kernels of the gradient."""
@@ -1361,6 +1438,7 @@ def cases(draws):
         yield [(default_config, (sm,))]
     for key in CLAIMS:
         yield [(cross_compile, key)]
+    yield [(hopper_variants, (dim,)) for dim in (64, 128)]
     for dim in (64, 128):
         for is_causal in (False, True):
             yield [(blackwell_compiles, (dim, is_causal))]
@@ -1389,7 +1467,9 @@ def cases(draws):
         for dtype in DTYPES if name == "default" else ("bfloat16", "float16"):
             yield [(causal, (name, kind, dtype)) for kind in CAUSAL]
             yield [(head_dims, (name, dtype)), (split_keys, (name, dtype))]
+            yield [(unseen, (name, dtype, with_lse)) for with_lse in (False, True)]
         yield [(lengths, (name,)), (empty, (name,)), (one_tensor, (name,))]
+        yield [(another_call, (name,))]
         if GPU:
             yield [(large_tensor, (name,))]
     yield [(bad_input, (name,)) for name in (
@@ -1410,7 +1490,7 @@ def cases(draws):
         yield [(hard_gradients, ("default", dtype))]
     yield [(hard_gradients, ("hopper", "bfloat16"))]
     yield [(autograd, (name,)) for name in (
-        "gradcheck", "only what is asked for", "second derivative", "same bits", "compile")]  # fmt: skip
+        "gradcheck", "only what is asked for", "forward mode", "second derivative", "same bits", "compile")]  # fmt: skip
     yield [(training, ())]
     yield [(transformers_model, ())]
     yield [(report_arithmetic, (name,)) for name in PUBLISHED]

@@ -17,6 +17,7 @@ import sys
 import threading
 
 import torch
+from torch.autograd import forward_ad
 from torch.nn.attention.bias import CausalVariant
 
 # configs.py beside this file, whatever else is called configs where the two are copied to. It comes
@@ -467,7 +468,7 @@ def _bind(kernel, plan, constants, dtype, D, device):
     from nothing else, so that the code depends on none of them. D: a power of two."""
     empty = functools.partial(torch.empty_strided, device=device)
     like = lambda h, n: empty((2, h, n, D), ((h + 1) * (n + 8) * 2 * D, (n + 8) * 2 * D, 2 * D, 1), dtype=dtype)
-    stand_in = {"q": lambda: like(4, 384), "k": lambda: like(2, 512), "l": lambda: empty((2, 4, 384), (5 * 392, 392, 1))}
+    stand_in = {"q": lambda: like(4, 384), "k": lambda: like(2, 512), "l": lambda: empty((2, 4, 384), (5 * 392, 392, 1), dtype=torch.float32)}
     letters, numbers = _TAKES[kernel.fn]
     arguments = *(stand_in[letter]() for letter in letters), *numbers, *constants
     _binding.hopper = kernel is hopper_kernel
@@ -582,6 +583,8 @@ def _check(q, k, v, is_causal, scale, enable_gqa, config):
             raise ValueError(f"v's {what} (size({dim})) must be k's {k.size(dim)}, got {v.size(dim)}")
     if not isinstance(is_causal, (bool, CausalVariant)):
         raise TypeError(f"is_causal must be a bool or a CausalVariant, got {is_causal!r}")
+    if not isinstance(enable_gqa, bool):
+        raise TypeError(f"enable_gqa must be a bool, got {enable_gqa!r}")
     if not isinstance(scale, (float, int, type(None))):
         raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
     if scale is not None and not abs(scale) < 2e38:  # times log2(e) it has to be a float32
@@ -830,6 +833,8 @@ def _kept(key, make, config, *tensors):
 def _eager(q, k, v, is_causal, scale, enable_gqa, config, exact_lse):
     """flash_attention on tensors that have data. Returns out and lse."""
     try:
+        if q.is_neg() or k.is_neg() or v.is_neg():
+            q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
         key = (
             q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
             q.device, k.device, v.device, q.data_ptr() % 16, k.data_ptr() % 16, v.data_ptr() % 16,
@@ -849,14 +854,13 @@ def _eager(q, k, v, is_causal, scale, enable_gqa, config, exact_lse):
                 "start Python with TRITON_INTERPRET=1 (check.py shows what else that takes)"
             )
         if q.numel() == 0 or k.numel() == 0:
-            return torch.zeros_like(q), torch.full_like(_lse_like(q), float("-inf"))
+            return _out_like(q).zero_(), _lse_like(q).fill_(float("-inf"))
     return _kept(key, lambda: _plan(q, k, v, is_causal, scale, config, exact_lse), config, q, k, v)
 
 
 def _gradients(q, k, v, out, lse, do, dlse, is_causal, scale, of_q, of_kv):
     """dq, dk, dv, or None for those that are not asked for."""
-    if do is None:
-        do = torch.zeros_like(out)
+    do = torch.zeros_like(out) if do is None else do.resolve_neg()
     key = (
         "gradients", *((x.shape, x.stride(), x.data_ptr() % 16) for x in (q, k, v, out, do)),
         q.dtype, q.device, dlse is None, is_causal, scale, of_q, of_kv,
@@ -900,6 +904,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, is_causal, scale, enable_gqa, config, exact_lse):
+        q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
         out, lse = _eager(q, k, v, is_causal, scale, enable_gqa, config, exact_lse)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.options = is_causal, scale
@@ -967,14 +972,16 @@ def flash_attention(q, k, v, *, is_causal=False, scale=None, enable_gqa=False, r
     is_causal: True: row i sees keys up to i (CausalVariant.UPPER_LEFT of torch.nn.attention.bias).
     CausalVariant.LOWER_RIGHT: up to i + N - M, so that the last row sees all keys. A row that sees
     none is 0. NaN or inf in v spreads to rows that do not see it, as in SDPA's math backend.
-    scale: a float of either sign or 0, below 2e38; 1 / sqrt(D) if None.
+    scale: a float of either sign or 0, below 2e38; 1 / sqrt(D) if None. Scores, q k^T * scale, have to be below
+    2e38, too; float16 on Hopper: below 10^8.
     enable_gqa: Hk may be less than H, which it then divides: H / Hk heads of q in a row share one.
     config: what to run, from configs.py. A Plan runs general_kernel, or on Hopper hopper_kernel, or on
     Blackwell, with helion[cute], blackwell_kernel, which is compiled for each shape and leaves to
     general_kernel what it does not take. A helion.Config is the report's and runs attention_kernel, dense
     and compiled for each shape. None takes what configs.py knows to be best for this GPU.
     Returns out: [B, H, M, D] in q's dtype and layout. With return_lse, out and lse: [B, H, M], float32,
-    the natural logarithm of each row's sum of exp(q k^T * scale), -inf for a row that sees nothing.
+    the natural logarithm of each row's sum of exp(q k^T * scale), -inf for a row that sees nothing. On
+    Hopper in bfloat16 out then has other bits: it takes the running maximum.
     Differentiable once, with respect to q, k, v, out and lse, and the same bits at every run.
     Tensors are read where they are, heads of k and v that are one head expanded, too. Only what TMA
     cannot read, rows that are not contiguous or do not start at multiples of 16 bytes, and a batch that
@@ -988,16 +995,18 @@ def flash_attention(q, k, v, *, is_causal=False, scale=None, enable_gqa=False, r
     """
     if return_lse and isinstance(config, helion.Config):
         raise ValueError("config is the report's, whose kernel has no lse to return")
-    if isinstance(q, torch.Tensor) and torch.is_autocast_enabled(q.device.type):
+    if isinstance(q, torch.Tensor) and q.device.type in ("cuda", "cpu") and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (x.to(dtype) if x.is_floating_point() else x for x in (q, k, v))
+        q, k, v = (x.to(dtype) if getattr(x, "dtype", None) in DTYPES else x for x in (q, k, v))
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v)):
+        raise RuntimeError("flash_attention has no forward-mode derivative")
     gradient = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (q, k, v))
     if gradient and isinstance(config, helion.Config):
         raise ValueError("config is the report's, whose kernel has no gradient: detach q, k and v")
     if torch.compiler.is_compiling() or type(q) not in (torch.Tensor, torch.nn.Parameter):
         _check(q, k, v, is_causal, scale, enable_gqa, config)
         if config is not None:
-            raise ValueError("config must be None under torch.compile: there the default is an operator")
+            raise ValueError("config must be None under torch.compile and for subclasses of Tensor")
         out, lse = _operator(q, k, v, int(is_causal), scale, enable_gqa, return_lse)
     else:
         run = _Attention.apply if gradient else _eager
