@@ -509,6 +509,7 @@ def another_call(config):
     for options in (dict(is_causal=True), dict(scale=0.2), dict(is_causal=CAUSAL["lower_right"])):
         compare(flash_attention(q, k[:, :, :130], v[:, :, :130], config=config, **options), q, k[:, :, :130],
                 v[:, :, :130], options.get("scale"), is_causal=options.get("is_causal", False))  # fmt: skip
+    compare_lse(flash_attention(q, k, v, return_lse=True, config=config)[1], q, k)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
