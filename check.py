@@ -503,6 +503,7 @@ def another_call(config):
             clone = torch.Tensor.clone
             with mock.patch.object(torch.Tensor, "clone", lambda x, **o: copies.append(x) or clone(x, **o)):
                 out = flash_attention(*qkv, config=config)
+            copies = [x for x in copies if any(x is y for y in qkv)]  # a compiler has others
             assert len(copies) == (change is odd and config is configs.HOPPER), "another alignment, and it was not seen"
             compare(out, *qkv)
             compare(flash_attention(q, k, v, config=config), q, k, v)
