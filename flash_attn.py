@@ -981,7 +981,7 @@ def flash_attention(q, k, v, *, is_causal=False, scale=None, enable_gqa=False, r
     and compiled for each shape. None takes what configs.py knows to be best for this GPU.
     Returns out: [B, H, M, D] in q's dtype and layout. With return_lse, out and lse: [B, H, M], float32,
     the natural logarithm of each row's sum of exp(q k^T * scale), -inf for a row that sees nothing. On
-    Hopper in bfloat16 out then has other bits: it takes the running maximum.
+    Hopper in bfloat16 out then has other bits, as where a gradient is wanted: it takes the running maximum.
     Differentiable once, with respect to q, k, v, out and lse, and the same bits at every run.
     Tensors are read where they are, heads of k and v that are one head expanded, too. Only what TMA
     cannot read, rows that are not contiguous or do not start at multiples of 16 bytes, and a batch that
@@ -1003,12 +1003,13 @@ def flash_attention(q, k, v, *, is_causal=False, scale=None, enable_gqa=False, r
     gradient = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (q, k, v))
     if gradient and isinstance(config, helion.Config):
         raise ValueError("config is the report's, whose kernel has no gradient: detach q, k and v")
+    exact_lse = return_lse or gradient  # which takes p from it
     if torch.compiler.is_compiling() or type(q) not in (torch.Tensor, torch.nn.Parameter):
         _check(q, k, v, is_causal, scale, enable_gqa, config)
         if config is not None:
             raise ValueError("config must be None under torch.compile and for subclasses of Tensor")
-        out, lse = _operator(q, k, v, int(is_causal), scale, enable_gqa, return_lse)
+        out, lse = _operator(q, k, v, int(is_causal), scale, enable_gqa, exact_lse)
     else:
         run = _Attention.apply if gradient else _eager
-        out, lse = run(q, k, v, is_causal, scale, enable_gqa, config, return_lse)
+        out, lse = run(q, k, v, is_causal, scale, enable_gqa, config, exact_lse)
     return (out, lse) if return_lse else out
