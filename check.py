@@ -661,10 +661,13 @@ def compare_gradients(qkv, options, with_lse=False, scale=None):
     lines, definition = [], functools.partial(attend_by_definition, is_causal=is_causal, scale=scale)
     largest = definition(*(x.double() for x in qkv))[1].abs().max().item()
     ref = gradients(definition, torch.float64)
-    # ds is p times the difference of two sums, which may be 0.
-    q, k, v = (x.double().abs() for x in qkv)
-    factor = (q.size(3) ** -0.5 if scale is None else abs(scale)) * weights.double().abs().amax() * v.sum(-1).amax()
-    cancelling = {"q": (factor * k.amax()).item(), "k": (factor * q.amax()).item(), "v": 0.0}
+    # ds is p times the difference of two sums, which may be 0: what the float32 rounding of these moves.
+    q, k, v = (x.double().repeat_interleave(qkv[0].size(1) // x.size(1), 1) for x in qkv)
+    scale_ = q.size(3) ** -0.5 if scale is None else scale
+    p = torch.where(seen(q, k, is_causal), (q @ k.mT * scale_ - definition(q, k, v)[1][..., None]).exp(), 0.0)
+    dp = weights.double() @ v.mT
+    sums = p * (dp.abs() + (p * dp.abs()).sum(-1, keepdim=True)) * abs(scale_)
+    cancelling = {"q": (sums @ k.abs()).max().item(), "k": (sums.mT @ q.abs()).max().item(), "v": 0.0}
     for name, x, other, y in zip("qkv", gradients(ours, qkv[0].dtype), gradients(sdpa, qkv[0].dtype), ref):
         unit = y.abs().max().item()
         # p is exp(score - lse), and both are rounded to float32.
