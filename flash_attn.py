@@ -133,9 +133,10 @@ def _hopper_kernel(
     keys: it takes tile i from a head's end, then tile i from its start, which cost the same together.
 
     online: with the running maximum, as FlashAttention does. float16 needs it, whose exponents are few.
-    Otherwise, bfloat16, the maximum is left out, and lse is that of the rounded p. Softmax is the same whatever number is subtracted
-    from a row's scores; here it is -offset, so that the loop has no maximum to find and nothing to
-    rescale. A row whose numbers leave their range gets lse NaN, and general_kernel computes it again.
+    Otherwise, bfloat16, the maximum is left out, and lse is that of the rounded p. Softmax is the same
+    whatever number is subtracted from a row's scores; here it is -offset, so that the loop has no maximum to
+    find and nothing to rescale. A row whose numbers leave their range gets lse NaN, and general_kernel
+    computes it again.
     That test is sufficient: with the maximum subtracted, the largest p of a row is 1, and what is
     below 2^-126 is lost. Here l_i >= visible keys, so the largest p is at least 1, too, and what is
     lost is no larger beside it, for any v. A p, sum or product beyond 2^128 leaves an inf or NaN in
@@ -721,7 +722,7 @@ def _blackwell(is_cuda, causal, config, with_lse=False, launcher=None):
     def call(q, k, v):
         nonlocal run
         out = torch.empty_like(q)
-        lse = q.new_empty(q.shape[:3], dtype=torch.float32) if with_lse else None
+        lse = _lse_like(q) if with_lse else None
         arguments = [x if x is None else x.flatten(0, 1) for x in (q, k, v, out, lse)]
         if run is None:
             _not_captured(q)
@@ -812,15 +813,15 @@ def _plan(q, k, v, is_causal, scale, config, exact_lse):
     return call
 
 
-def _kept(key, make, config, *tensors):
-    """What the function that make() gives does to tensors; it is kept for the next call with this key."""
-    call, _ = _calls.get(key, (None, None))
+def _kept(known, key, make, config, *tensors):
+    """What the function that make() gives does to tensors. It is kept in _calls, where a caller has looked
+    for this key and found known, or None."""
     x = tensors[0]
-    if call is not None and (not x.is_cuda or x.device.index == torch.cuda.current_device()):
-        return call(*tensors)
+    if known and (not x.is_cuda or x.device.index == torch.cuda.current_device()):
+        return known[0](*tensors)
     with torch.cuda.device_of(x):
-        if call is not None:
-            return call(*tensors)
+        if known:
+            return known[0](*tensors)
         with _lock:
             call = make()
             result = call(*tensors)
@@ -833,20 +834,20 @@ def _kept(key, make, config, *tensors):
 def _eager(q, k, v, is_causal, scale, enable_gqa, config, exact_lse):
     """flash_attention on tensors that have data. Returns out and lse."""
     try:
-        if q.is_neg() or k.is_neg() or v.is_neg():
-            q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
+        if q.is_neg() or k.is_neg() or v.is_neg():  # -x, of which only a bit says so
+            q, k, v = (x.resolve_neg() for x in (q, k, v))
         key = (
             q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
             q.device, k.device, v.device, q.data_ptr() % 16, k.data_ptr() % 16, v.data_ptr() % 16,
             is_causal, type(is_causal), scale, enable_gqa, id(config), exact_lse,
         )  # fmt: skip
-        known = key in _calls
+        known = _calls.get(key)
     except (AttributeError, TypeError, RuntimeError):  # not a tensor, without data, nothing to keep
         _check(q, k, v, is_causal, scale, enable_gqa, config)
         raise RuntimeError(
             "q, k and v must be plain tensors: under torch.vmap and torch.func, fold what is mapped into B"
         ) from None
-    if not known:
+    if known is None:
         _check(q, k, v, is_causal, scale, enable_gqa, config)
         if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(
@@ -855,12 +856,12 @@ def _eager(q, k, v, is_causal, scale, enable_gqa, config, exact_lse):
             )
         if q.numel() == 0 or k.numel() == 0:
             return _out_like(q).zero_(), _lse_like(q).fill_(float("-inf"))
-    return _kept(key, lambda: _plan(q, k, v, is_causal, scale, config, exact_lse), config, q, k, v)
+    return _kept(known, key, lambda: _plan(q, k, v, is_causal, scale, config, exact_lse), config, q, k, v)
 
 
 def _gradients(q, k, v, out, lse, do, dlse, is_causal, scale, of_q, of_kv):
     """dq, dk, dv, or None for those that are not asked for."""
-    do = torch.zeros_like(out) if do is None else do.resolve_neg()
+    q, k, v, do = (x.resolve_neg() for x in (q, k, v, torch.zeros_like(out) if do is None else do))
     key = (
         "gradients", *((x.shape, x.stride(), x.data_ptr() % 16) for x in (q, k, v, out, do)),
         q.dtype, q.device, dlse is None, is_causal, scale, of_q, of_kv,
@@ -896,7 +897,7 @@ def _gradients(q, k, v, out, lse, do, dlse, is_causal, scale, of_q, of_kv):
 
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    return _kept(key, make, None, q, k, v, out, lse, do, dlse)
+    return _kept(_calls.get(key), key, make, None, q, k, v, out, lse, do, dlse)
 
 
 class _Attention(torch.autograd.Function):
@@ -904,7 +905,6 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, is_causal, scale, enable_gqa, config, exact_lse):
-        q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
         out, lse = _eager(q, k, v, is_causal, scale, enable_gqa, config, exact_lse)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.options = is_causal, scale
@@ -918,6 +918,11 @@ class _Attention(torch.autograd.Function):
         return *_gradients(*ctx.saved_tensors, do, dlse, *ctx.options, of_q, any(of_kv)), *[None] * 5
 
 
+def _masking(variant):
+    """is_causal of an operator's integer."""
+    return CausalVariant(variant) if variant else False
+
+
 # The same as an operator, for torch.compile, torch.export and fake tensors. Its name has the module's
 # in it: the file may be there twice.
 @torch.library.custom_op(f"{__name__.replace('.', '_')}::forward", mutates_args=())
@@ -925,12 +930,12 @@ def _operator(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: int, scale: float | None, enable_gqa: bool,
     exact_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    return _eager(q, k, v, CausalVariant(variant) if variant else False, scale, enable_gqa, None, exact_lse)
+    return _eager(q, k, v, _masking(variant), scale, enable_gqa, None, exact_lse)
 
 
 @_operator.register_fake
 def _(q, k, v, variant, scale, enable_gqa, exact_lse):
-    _check(q, k, v, CausalVariant(variant) if variant else False, scale, enable_gqa, None)
+    _check(q, k, v, _masking(variant), scale, enable_gqa, None)
     return _out_like(q), _lse_like(q)
 
 
@@ -939,8 +944,7 @@ def _backward_operator(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, do: torch.Tensor,
     dlse: torch.Tensor | None, variant: int, scale: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    is_causal = CausalVariant(variant) if variant else False
-    return _gradients(q, k, v, out, lse, do, dlse, is_causal, scale, True, True)
+    return _gradients(q, k, v, out, lse, do, dlse, _masking(variant), scale, True, True)
 
 
 @_backward_operator.register_fake
