@@ -1299,6 +1299,7 @@ def copied_files(where):
     module, folder = {"folder": ("flash_attn", "."), "package": ("app.ops.flash_attn", "app/ops"),
                       "beside a package": ("flash_attn", "."), "beside a module": ("lib.flash_attn", "lib")}[where]
     script = f"""
+import os
 import sys
 import torch
 {'' if GPU else inspect.getsource(patch_interpreter) + f'import {module}, helion; from unittest import mock; patch_interpreter()'}
@@ -1306,7 +1307,7 @@ from {module} import flash_attention
 q, k, v = torch.randn(3, 1, 2, 100, 64, device={DEVICE!r}, dtype=torch.float16)
 out, sdpa = flash_attention(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v)
 torch.testing.assert_close(out, sdpa, atol=2e-3, rtol=2e-3)
-ours = [m for m in sys.modules.values() if {str(HERE)!r} in str(getattr(m, "__file__", ""))]
+ours = [m for m in sys.modules.values() if os.path.dirname(str(getattr(m, "__file__", ""))) == {str(HERE)!r}]
 assert not ours and "check" not in sys.modules and "bench" not in sys.modules, ours
 if {where.startswith("beside")}:
     import configs
