@@ -137,17 +137,29 @@ def best(capability, head_dim, dtype, length):
 
 def _gradient(dkdv, dq):
     """The Plans of dkdv_kernel and dq_kernel, each from queries a tile, keys a tile, warps, stages."""
-    return tuple(Plan(name, m, n, helion.Config(loop_orders=[[1, 0]], num_stages=stages, num_warps=warps))
+    return tuple(Plan(name, m, n, helion.Config(num_stages=stages, num_warps=warps))
                  for name, (m, n, warps, stages) in (("dkdv", dkdv), ("dq", dq)))  # fmt: skip
 
 
 # By machine code, too. float32 with D = 256 spills, whatever its tiles.
 GRADIENT = {d: _gradient((64, 64, 4, 2), (128, 64, 8, 2)) for d in (16, 32, 64)}
-GRADIENT |= {128: _gradient((64, 64, 8, 2), (64, 64, 8, 2)), 256: _gradient((32, 32, 8, 2), (64, 32, 8, 1))}
-GRADIENT_HOPPER = {d: _gradient((64, 128, 8, 2), (128, 64, 8, 2)) for d in (16, 32, 64)}
-GRADIENT_HOPPER |= {128: _gradient((64, 64, 8, 2), (128, 64, 8, 2)), 256: _gradient((32, 64, 8, 2), (64, 64, 8, 2))}
+GRADIENT |= {128: _gradient((64, 64, 8, 2), (128, 64, 8, 2)), 256: _gradient((32, 32, 8, 2), (64, 64, 8, 2))}
+GRADIENT_HOPPER = {d: _gradient((64, 128, 8, 2), (128, 64, 8, 4)) for d in (16, 32, 64)}
+GRADIENT_HOPPER |= {128: _gradient((64, 128, 8, 2), (128, 64, 8, 4)), 256: _gradient((64, 64, 8, 2), (128, 64, 8, 3))}
 GRADIENT_FLOAT32 = {d: _gradient((32, 32, 4, 1), (32, 32, 4, 1)) for d in (16, 32, 64)}
-GRADIENT_FLOAT32 |= {128: _gradient((32, 16, 8, 1), (32, 16, 8, 1)), 256: _gradient((16, 16, 8, 1), (16, 16, 8, 1))}
+GRADIENT_FLOAT32 |= {128: _gradient((32, 16, 8, 1), (32, 32, 8, 1)), 256: _gradient((16, 16, 8, 1), (32, 32, 8, 1))}
+
+# Hopper, bf16 and fp16, D from 40 to 128: loads of q, do and aug by TMA, the rest by pointers; warps as in
+# HOPPER, but one tile a program: k and v stay in shared memory until it ends, so nothing could be loaded ahead.
+HOPPER_DKDV = Plan("hopper_dkdv", 64, 128, helion.Config(
+    host_tensor_descriptors=True,
+    indexing=["tensor_descriptor"] * 3 + ["pointer"] * 3,
+    num_stages=2,
+    num_warps=4,
+    pid_type="flat",
+    range_num_stages=[0, 2],
+    range_warp_specializes=[None, True],
+))  # fmt: skip
 
 
 def best_gradient(capability, head_dim, dtype):
@@ -155,4 +167,7 @@ def best_gradient(capability, head_dim, dtype):
     head_dim = max(16, 1 << (head_dim - 1).bit_length())
     if dtype == torch.float32:
         return GRADIENT_FLOAT32[head_dim]
-    return (GRADIENT_HOPPER if capability == (9, 0) else GRADIENT)[head_dim]
+    if capability != (9, 0):
+        return GRADIENT[head_dim]
+    dkdv, dq = GRADIENT_HOPPER[head_dim]
+    return HOPPER_DKDV if head_dim in (64, 128) else dkdv, dq

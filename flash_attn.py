@@ -9,6 +9,7 @@ The algorithm is FlashAttention-2 (Dao, arXiv:2307.08691): one tile of queries w
 and keeps the running maximum m_i, the running sum l_i and the unnormalised output acc of its rows.
 The exponentials are in base 2, which is the one that the hardware has.
 """
+import contextlib
 import functools
 import importlib.util
 import math
@@ -105,6 +106,70 @@ def attention_kernel(
     return out
 
 
+def fresh(x, turn):
+    """x, an int32. In turn 0 of a program: shared memory from where x is used on, by the warps that load.
+    Triton 3.6 and 3.7 initialise mbarriers that nobody uses in the first 16 bytes of shared memory and give
+    the same bytes to the first tile that is loaded, without the mbarrier.inval that PTX asks for in between:
+    once in thousands of launches the barriers come back over the tile, as NaN."""
+    asm = (
+        "{{.reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; or.b32 t, t, $2; setp.eq.u32 p, t, 0;"
+        " @p mbarrier.inval.shared::cta.b64 [global_smem]; @p mbarrier.inval.shared::cta.b64 [global_smem+8];"
+        " @p fence.proxy.async.shared::cta; mov.b32 $0, $1;}}"
+    )
+    return hl.inline_triton(
+        f"tl.inline_asm_elementwise('{asm}', '=r,r,r', [{{0}}, {{1}}], dtype=tl.int32, is_pure=True, pack=1)",
+        args=(x, turn),
+        output_like=hl.zeros([], dtype=torch.int32),
+    )
+
+
+@helion.kernel(static_shapes=True, dot_precision="tf32x3")
+def attention_kernel(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, qk_scale: hl.constexpr
+) -> torch.Tensor:
+    """The report's kernel: the canonical loop on 3-D tiles, dense, compiled for each shape as there.
+
+    q, out: [B * H, M, D]; k, v: [B * H, N, D]; qk_scale: scale * log2(e).
+    """
+    BH, M, D = q.size()
+    N = k.size(1)
+    D = hl.specialize(D)
+    for tile_b, tile_m in hl.tile([BH, M]):
+        m_i = hl.full([tile_b, tile_m], float("-inf"), dtype=torch.float32)
+        l_i = hl.zeros([tile_b, tile_m], dtype=torch.float32)
+        acc = hl.zeros([tile_b, tile_m, D], dtype=torch.float32)
+        q_tile = q[tile_b, tile_m, :]
+        for tile_n in hl.tile(N):
+            k_tile = k[tile_b, tile_n, :]
+            qk = torch.bmm(q_tile, k_tile.transpose(1, 2), torch.float32) * qk_scale
+            m_ij = torch.maximum(m_i, torch.amax(qk, -1))
+            p = torch.exp2(qk - m_ij[:, :, None])
+            alpha = torch.exp2(m_i - m_ij)
+            l_i = l_i * alpha + torch.sum(p, -1)
+            m_i = m_ij
+            acc = acc * alpha[:, :, None]
+            v_tile = v[tile_b, tile_n, :]
+            acc = torch.baddbmm(acc, p.to(v_tile.dtype), v_tile)
+        acc = acc * (1 / l_i)[:, :, None]  # one division a row instead of one an element
+        out[tile_b, tile_m, :] = acc.to(out.dtype)
+    return out
+
+
+def fresh(x, turn):
+    """x; in a program's first turn, shared memory may from here on be written by TMA. Triton 3.7.1 initialises mbarriers
+    that nothing uses at its first 16 bytes, and gives these to v's first tile without the mbarrier.inval that PTX asks
+    for: now and then the barriers' bits come back over a tile (NaN). Thread 0 is a loading one."""
+    asm = (
+        "{{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; or.b32 t, t, $2; setp.eq.u32 p, t, 0;"
+        " @p mbarrier.inval.shared::cta.b64 [global_smem]; @p mbarrier.inval.shared::cta.b64 [global_smem+8];"
+        " @p fence.proxy.async.shared::cta; mov.b32 $0, $1; }}"
+    )
+    return hl.inline_triton(
+        f"tl.inline_asm_elementwise('{asm}', '=r,r,r', [{{0}}, {{1}}], dtype=tl.int32, is_pure=True, pack=1)",
+        args=(x, turn), output_like=hl.zeros([], dtype=torch.int32),
+    )  # fmt: skip
+
+
 def _hopper_kernel(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -120,6 +185,7 @@ def _hopper_kernel(
     block_n: hl.constexpr,
     masked: hl.constexpr,
     online: hl.constexpr,
+    exact_lse: hl.constexpr,
 ) -> torch.Tensor:
     """Flash attention in the order that keeps Hopper's tensor cores busy, for tensors that TMA reads.
 
@@ -187,11 +253,13 @@ def _hopper_kernel(
                      N, tile, block_m, diagonal, block_n, live)  # fmt: skip
         m_i = hl.full([block_m], lowest, dtype=torch.float32)
         l_i = hl.zeros([block_m], dtype=torch.float32)
+        l_exact = hl.zeros([block_m], dtype=torch.float32)
         acc = hl.zeros([block_m, D], dtype=torch.float32)
         p = hl.zeros([block_m, block_n], dtype=torch.float32)
         # Made in the kernel: only such a descriptor is halved with its tile. Rows beyond M are not stored.
         row = scalar("{0} * {1} + {2} * {3} + {4} * {5}", b, row_b, h, row_h, tile, block_m)
         column = scalar("{0} * {1} + {2} * {3}", b, column_b, h, column_h)
+        column = fresh(column, turn)
         q_tile = hl.inline_triton(
             "tl.make_tensor_descriptor({0}, [{1}, {2}], [{3}, 1], [{4}, {5}]).load([{6}, {7}])",
             args=(q, q_rows, q_columns, stride_m, block_m, D, row, column),
@@ -226,8 +294,12 @@ def _hopper_kernel(
             else:
                 # l_i has to sum what the tensor cores multiply: else a row of one key would not get
                 # exactly its v. To nearest: a cut would move all that cancels to one side.
-                p = round_to_bf16(p)
-                l_i = l_i + torch.sum(p, -1)
+                if exact_lse:
+                    l_exact = l_exact + torch.sum(p, -1)
+                    l_i = l_i + torch.sum(round_to_bf16(p), -1)
+                else:
+                    p = round_to_bf16(p)
+                    l_i = l_i + torch.sum(p, -1)
         at = end - block_n
         if not masked:
             at = scalar("tl.minimum({0} - {1}, {2} - {1})", end, block_n, N)
@@ -236,8 +308,11 @@ def _hopper_kernel(
             if online:
                 l_i = l_i - torch.sum(torch.where(visible, 0.0, p), -1)  # at most half of it
             else:
-                others = torch.where(end > block_n, l_i - torch.sum(p, -1), 0.0)
-                l_all, l_i = l_i, others + torch.sum(torch.where(visible, p, 0.0), -1)
+                rounded = round_to_bf16(p) if exact_lse else p
+                others = torch.where(end > block_n, l_i - torch.sum(rounded, -1), 0.0)
+                l_all, l_i = l_i, others + torch.sum(torch.where(visible, rounded, 0.0), -1)
+                if exact_lse:
+                    l_exact = torch.where(end > block_n, l_exact - torch.sum(p, -1), 0.0) + torch.sum(torch.where(visible, p, 0.0), -1)
                 # What was masked here was in l_all, whose rounding is in `others`, unless there are none.
                 exact = (end <= block_n) | (l_i * 2**12 >= l_all)
             p = torch.where(visible, p, 0.0)
@@ -249,7 +324,7 @@ def _hopper_kernel(
             fits = (l_i >= last + 1) & (l_i < float("inf")) & (top < float("inf"))
             if not masked:
                 fits = fits & exact
-            lse_tile = torch.where(fits, (log2(l_i) - offset) * ln2, float("nan"))
+            lse_tile = torch.where(fits, (log2(l_exact if exact_lse else l_i) - offset) * ln2, float("nan"))
         inverse = torch.where(last < 0, 0.0, 1 / l_i)  # rows that see nothing are 0
         lse_tile = torch.where(last < 0, float("-inf"), lse_tile)
         stored = (rows < M) & (live > 0)
@@ -326,13 +401,24 @@ def _general_kernel(
 
 # ---- The gradient --------------------------------------------------------------------------------
 # p = exp(scale q k^T - lse), dv = p^T do, ds = p (do v^T - delta), dk = scale ds^T q, dq = scale ds k
-# (FlashAttention-2, algorithm 2). Each gradient is summed by one program in one order: the same bits each run.
+# (FlashAttention-2, algorithm 2). Five products: dkdv_kernel keeps ds, and dq_kernel multiplies it. Each
+# gradient is summed by one program in one order: the same bits each run.
 
 
 def _delta_kernel(
-    out: torch.Tensor, do: torch.Tensor, delta: torch.Tensor, width: int, block_m: hl.constexpr
+    out: torch.Tensor,
+    do: torch.Tensor,
+    lse: torch.Tensor,
+    dlse: torch.Tensor,
+    aug: torch.Tensor,
+    inverse: float,
+    width: int,
+    block_m: hl.constexpr,
+    with_dlse: hl.constexpr,
 ) -> torch.Tensor:
-    """delta: [B, H, M], float32, the sum of out * do over a row."""
+    """aug: [B, H, M, 16], bfloat16: what a product with ones adds to a query's scores, -lse / scale, and to its
+    row of do v^T, -delta, the sum of out * do over the row less the gradient of lse. Each as three bfloat16,
+    which have float32's 24 bits. inverse: 1 / scale."""
     B, H, M, D = out.size()
     D = hl.specialize(D)
     for tile_b, tile_m in hl.tile([B * H, M], block_size=[1, block_m]):
@@ -341,105 +427,180 @@ def _delta_kernel(
         inside = columns < scalar("{0} // 8 * 8", width)
         o_tile = hl.load(out, [b, h, tile_m.index[:, None], columns], extra_mask=inside).to(torch.float32)
         do_tile = hl.load(do, [b, h, tile_m.index[:, None], columns], extra_mask=inside).to(torch.float32)
-        delta[b, h, tile_m] = torch.sum(o_tile * do_tile, -1)
-    return delta
+        delta = torch.sum(o_tile * do_tile, -1)
+        if with_dlse:
+            delta = delta - dlse[b, h, tile_m]
+        lse_tile = lse[b, h, tile_m]
+        lse_tile = torch.where(lse_tile == float("-inf"), 0.0, lse_tile)  # sees nothing: all is masked
+        c = hl.arange(16)[None, :]
+        x = -torch.where(c < 3, (lse_tile * inverse)[:, None], delta[:, None])
+        high = x.to(torch.bfloat16).to(torch.float32)
+        middle = (x - high).to(torch.bfloat16).to(torch.float32)
+        x = torch.where(c % 3 == 0, high, torch.where(c % 3 == 1, middle, x - high - middle))
+        hl.store(aug, [b, h, tile_m.index[:, None], c], torch.where(c < 6, x, 0.0).to(torch.bfloat16))
+    return aug
+
+
+def load(x, b, h, rows, columns, width, tma):
+    """x[b, h, rows, columns], and 0 beyond x."""
+    if tma:
+        return hl.load(x, [b, h, rows, slice(None)])
+    rows, columns = rows.unsqueeze(1), columns.unsqueeze(0)
+    inside = columns < scalar("{0} // 8 * 8", width)
+    return hl.load(x, [b, h, rows, columns], extra_mask=(rows < x.size(2)) & inside)
+
+
+def load_kept(x, strides, b, h, rows, columns, width, tma, tile, other):
+    """The same for a tile that a program keeps. For TMA by a descriptor made in the kernel: only such a one
+    is halved for two warpgroups, by a shift of its row, and with it of all else that uses this very value.
+    So the row is a value of its own, by another `other` for each descriptor."""
+    if not tma:
+        return load(x, b, h, rows, columns, width, False)
+    block, block_d = rows.size(0), columns.size(0)
+    return hl.inline_triton(
+        "tl.make_tensor_descriptor({0} + tl.cast({1}, tl.int64) * {2} + tl.cast({3}, tl.int64) * {4},"
+        " [{5}, {6}], [{7}, 1], [{8}, {9}]).load([({10} + {11}) * {8} - {11} * {8}, 0])",
+        args=(x, fresh(b, 0), strides[0], h, strides[1], x.size(2), width, strides[2], block, block_d, tile, other),
+        output_like=hl.zeros([block, block_d], dtype=x.dtype),
+    )
 
 
 def _dkdv_kernel(
     q: torch.Tensor,
+    do: torch.Tensor,
+    aug: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    do: torch.Tensor,
-    lse: torch.Tensor,
-    delta: torch.Tensor,
     dk: torch.Tensor,
     dv: torch.Tensor,
+    ds: torch.Tensor,
     scale: float,
+    scale2: float,
     width: int,
     diagonal: int,
+    begin: int,
+    heads: int,
+    m_begin: int,
+    m_end: int,
     block_m: hl.constexpr,
     block_n: hl.constexpr,
+    masked: hl.constexpr,
+    of_q: hl.constexpr,
+    of_kv: hl.constexpr,
+    summed: hl.constexpr,
+    tma: hl.constexpr,
 ) -> torch.Tensor:
     """dk and dv of a tile of keys, which walks over the queries of all heads that share it. Scores are
-    transposed, s^T = k q^T, so that p^T and ds^T are operands as they are."""
-    log2e = 1.4426950408889634
-    B, H, M, D = q.size()
+    transposed, s^T = k q^T, so that p^T and ds^T are operands as they are.
+
+    ds: [heads * H / Hk, N, M] for `heads` of the B * Hk heads of keys, from `begin` on, and for the queries
+    from 128 m_begin to 128 m_end, N and M as multiples of 128. scale2: scale * log2(e).
+    of_q: ds is kept. of_kv: dk and dv are computed. summed: they are float32, to be summed over the queries.
+    tma: everything is read by TMA, as hopper_kernel does.
+    """
+    B, H, M, _ = q.size()
     Hk, N = k.size(1), k.size(2)
-    D = hl.specialize(D)
-    for tile_b, tile_n in hl.tile([B * Hk, N], block_size=[1, block_n]):
-        b, hk = tile_b.begin // Hk, tile_b.begin % Hk
-        columns = hl.arange(D)[None, :]
-        inside = columns < scalar("{0} // 8 * 8", width)
-        k_tile = hl.load(k, [b, hk, tile_n.index[:, None], columns], extra_mask=inside)
-        v_tile = hl.load(v, [b, hk, tile_n.index[:, None], columns], extra_mask=inside)
-        dk_acc = hl.zeros([tile_n, D], dtype=torch.float32)
-        dv_acc = hl.zeros([tile_n, D], dtype=torch.float32)
-        first = scalar("tl.maximum({0} - {1}, 0) // {2} * {2}", tile_n.begin, diagonal, block_m)
-        for g in hl.grid(H // Hk):
-            h = hk * (H // Hk) + g
-            for m in hl.grid(first, M, block_m):
-                rows = m + hl.arange(block_m)
-                q_tile = hl.load(q, [b, h, rows[:, None], columns], extra_mask=(rows < M)[:, None] & inside)
-                do_tile = hl.load(do, [b, h, rows[:, None], columns], extra_mask=(rows < M)[:, None] & inside)
-                lse_tile = hl.load(lse, [b, h, rows], extra_mask=rows < M)
-                delta_tile = hl.load(delta, [b, h, rows], extra_mask=rows < M)
-                s = hl.dot(k_tile, q_tile.T, out_dtype=torch.float32) * scale
-                # Rows beyond M have q, do and delta 0. One that sees nothing has lse -inf, and is masked.
-                p = exp2((s - lse_tile[None, :]) * log2e)
-                p = torch.where((tile_n.index[:, None] <= (rows + diagonal)[None, :]), p, 0.0)
+    D = hl.specialize(k.size(3))
+    k_strides, v_strides = k.stride(), v.stride()
+    group = H // Hk
+    blocks = (N + block_n - 1) // block_n
+    for w in hl.grid(heads * blocks):
+        tile = scalar("{0} // {1}", w, heads)  # first the keys that most queries see
+        local = scalar("{0} - {1} * {2}", w, tile, heads)
+        b = scalar("({0} + {1}) // {2}", begin, local, Hk)
+        hk = scalar("{0} + {1} - {2} * {3}", begin, local, b, Hk)
+        keys, columns = (tile + 1) * block_n + (hl.arange(block_n) - block_n), hl.arange(D)
+        k_tile = load_kept(k, k_strides, b, hk, keys, columns, width, tma, tile, w)
+        v_tile = load_kept(v, v_strides, b, hk, keys, columns, width, tma, tile, 2 * w)
+        c = hl.arange(16)[None, :] + hl.zeros([block_n, 1], dtype=torch.int32)
+        of_lse = torch.where(c < 3, 1.0, 0.0).to(torch.bfloat16)
+        of_delta = torch.where((c >= 3) & (c < 6), 1.0, 0.0).to(torch.bfloat16)
+        add = "tl.dot({0}, {1}.T, acc={2})"
+        dk_acc = hl.zeros([block_n, D], dtype=torch.float32)
+        dv_acc = hl.zeros([block_n, D], dtype=torch.float32)
+        # From the 128 queries on of which one sees a key of this tile: dq_kernel reads as many at once.
+        first = scalar("tl.maximum({0}, ({1} * {2} - {3}) // 128)", m_begin, tile, block_n, diagonal)
+        count = scalar("tl.maximum({0} - {1}, 0) * (128 // {2})", m_end, first, block_m)
+        start = scalar("{0} * {1} - {2} - {3} * 128", tile, block_n, diagonal, first)
+        for i in hl.grid(0, scalar("{0} * {1}", count, group), 1):
+            g = quotient(i, count)
+            h = scalar("{0} * {1} + {2}", hk, group, g)
+            step = scalar("({0} - {1} * {2}) * {3}", i, g, count, block_m)
+            m = scalar("{0} * 128 + {1}", first, step)
+            q_tile = load(q, b, h, m + hl.arange(block_m), columns, width, tma)
+            do_tile = load(do, b, h, m + hl.arange(block_m), columns, width, tma)
+            aug_tile = load(aug, b, h, m + hl.arange(block_m), hl.arange(16), 16, tma)
+            s = hl.dot(k_tile, q_tile.T, out_dtype=torch.float32)
+            s = hl.inline_triton(add, args=(of_lse, aug_tile, s), output_like=s)
+            dp = hl.dot(v_tile, do_tile.T, out_dtype=torch.float32)
+            dp = hl.inline_triton(add, args=(of_delta, aug_tile, dp), output_like=dp)
+            p = exp2(s * scale2)  # rows beyond M: 1, and then times 0
+            if masked:
+                first_row = start - step + hl.arange(block_n)
+                p = torch.where(hl.arange(block_m)[None, :] >= first_row[:, None], p, 0.0)
+            if of_kv:
                 dv_acc = hl.dot(p.to(v.dtype), do_tile, acc=dv_acc)
-                ds = p * (hl.dot(v_tile, do_tile.T, out_dtype=torch.float32) - delta_tile[None, :])
-                dk_acc = hl.dot(ds.to(k.dtype), q_tile, acc=dk_acc)
-        hl.store(dk, [b, hk, tile_n.index[:, None], columns], (dk_acc * scale).to(dk.dtype), extra_mask=inside)
-        hl.store(dv, [b, hk, tile_n.index[:, None], columns], dv_acc.to(dv.dtype), extra_mask=inside)
+            ds_tile = (p * dp).to(k.dtype)
+            if of_kv:
+                dk_acc = hl.dot(ds_tile, q_tile, acc=dk_acc)
+            if of_q:
+                at = scalar("{0} * {1} + {2}", local, group, g)
+                m = scalar("({0} - {1}) * 128 + {2}", first, m_begin, step)
+                hl.store(ds, [at, keys[:, None], (m + hl.arange(block_m))[None, :]], ds_tile)
+        if of_kv:
+            stored = (keys < N)[:, None] & (columns < scalar("{0} // 8 * 8", width))[None, :]
+            b, hk = b.to(torch.int64), hk.to(torch.int64)
+            place = [b, hk, keys[:, None], columns[None, :]]
+            hl.store(dk, place, (dk_acc * scale).to(dk.dtype), extra_mask=stored)
+            hl.store(dv, place, dv_acc.to(dv.dtype), extra_mask=stored)
     return dk
 
 
 def _dq_kernel(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    do: torch.Tensor,
-    lse: torch.Tensor,
-    delta: torch.Tensor,
     dq: torch.Tensor,
+    k: torch.Tensor,
+    ds: torch.Tensor,
     scale: float,
     width: int,
     diagonal: int,
+    begin: int,
+    heads: int,
+    m_begin: int,
+    m_end: int,
     block_m: hl.constexpr,
     block_n: hl.constexpr,
 ) -> torch.Tensor:
-    """dq of a tile of queries, which walks over the keys."""
-    log2e = 1.4426950408889634
-    B, H, M, D = q.size()
+    """dq of a tile of queries, from what dkdv_kernel kept. Arguments as there; its heads are heads of q."""
+    B, H, M, D = dq.size()
     Hk, N = k.size(1), k.size(2)
     D = hl.specialize(D)
-    for tile_b, tile_m in hl.tile([B * H, M], block_size=[1, block_m]):
-        b, h = tile_b.begin // H, tile_b.begin % H
-        hk = h // (H // Hk)
-        last = torch.clamp(tile_m.index + diagonal, max=N - 1)  # the last key that a row sees
-        end = scalar("tl.minimum({0}, tl.maximum(0, {1} + {2}))", N, tile_m.begin + block_m, diagonal)
-        columns = hl.arange(D)[None, :]
-        inside = columns < scalar("{0} // 8 * 8", width)
-        q_tile = hl.load(q, [b, h, tile_m.index[:, None], columns], extra_mask=inside)
-        do_tile = hl.load(do, [b, h, tile_m.index[:, None], columns], extra_mask=inside)
-        lse_tile, delta_tile = lse[b, h, tile_m], delta[b, h, tile_m]
-        acc = hl.zeros([tile_m, D], dtype=torch.float32)
+    group = H // Hk
+    blocks = ((m_end - m_begin) * 128 + block_m - 1) // block_m
+    for w in hl.grid(heads * blocks):
+        back = scalar("{0} // {1}", w, heads)
+        local = scalar("{0} - {1} * {2}", w, back, heads)
+        b = scalar("({0} + {1}) // {2}", begin, local, H)
+        h = scalar("{0} + {1} - {2} * {3}", begin, local, b, H)
+        hk = scalar("{0} // {1}", h, group)
+        at = scalar("({0} - 1 - {1}) * {2}", blocks, back, block_m)  # first the queries that see most keys
+        rows, columns = at + hl.arange(block_m), hl.arange(D)
+        end = scalar("tl.minimum({0}, tl.maximum(0, {1} * 128 + {2} + {3} + {4}))", N, m_begin, at, block_m, diagonal)
+        acc = hl.zeros([block_m, D], dtype=torch.float32)
         for n in hl.grid(0, end, block_n):
             keys = n + hl.arange(block_n)
-            k_tile = hl.load(k, [b, hk, keys[:, None], columns], extra_mask=(keys < N)[:, None] & inside)
-            v_tile = hl.load(v, [b, hk, keys[:, None], columns], extra_mask=(keys < N)[:, None] & inside)
-            s = hl.dot(q_tile, k_tile.T, out_dtype=torch.float32) * scale
-            p = torch.where(keys[None, :] <= last[:, None], exp2((s - lse_tile[:, None]) * log2e), 0.0)
-            ds = p * (hl.dot(do_tile, v_tile.T, out_dtype=torch.float32) - delta_tile[:, None])
-            acc = hl.dot(ds.to(k.dtype), k_tile, acc=acc)
-        hl.store(dq, [b, h, tile_m.index[:, None], columns], (acc * scale).to(dq.dtype), extra_mask=inside)
+            ds_tile = hl.load(ds, [local, keys[:, None], rows[None, :]], extra_mask=(keys < N)[:, None])
+            k_tile = load(k, b, hk, keys, columns, width, False)
+            acc = hl.dot(ds_tile.T, k_tile, acc=acc)
+        rows = m_begin * 128 + rows
+        stored = (rows < M)[:, None] & (columns < scalar("{0} // 8 * 8", width))[None, :]
+        b, h = b.to(torch.int64), h.to(torch.int64)
+        hl.store(dq, [b, h, rows[:, None], columns[None, :]], (acc * scale).to(dq.dtype), extra_mask=stored)
     return dq
 
 
 # ---- The launch ----------------------------------------------------------------------------------
 # helion 1.5.1 offers warp specialisation on sm_100 and up only, though Triton does it for sm_90, too:
-# here it is offered to hopper_kernel, and to others as before.
+# here it is offered where a Config asks for it, and to others as before.
 _binding = threading.local()
 _offered = loops._supports_warp_specialize
 loops._supports_warp_specialize = lambda: getattr(_binding, "hopper", False) or _offered()
@@ -452,12 +613,18 @@ general_kernel, delta_kernel, dkdv_kernel, dq_kernel = map(
     _kernel, (_general_kernel, _delta_kernel, _dkdv_kernel, _dq_kernel)
 )
 _wide = {x: _kernel(x.fn, index_dtype=torch.int64) for x in (general_kernel, delta_kernel, dkdv_kernel, dq_kernel)}
-# What they take: tensors like q, like k or like lse, and numbers for the first call.
-_TAKES = {_general_kernel: ("qkkql", (0.5, 5, 3)), _hopper_kernel: ("qkkql", (0.5, 5, 3, 7, 9)),
-          _delta_kernel: ("qql", (5,)), _dkdv_kernel: ("qkkqllkk", (0.5, 5, 3)),
-          _dq_kernel: ("qkkqllq", (0.5, 5, 3))}  # fmt: skip
+# What they take: tensors like q, k, lse, aug, ds or, in float32 where it is summed, dk; and numbers for the
+# first call.
+_TAKES = {
+    _general_kernel: ("qkkql", (0.5, 5, 3)),
+    _hopper_kernel: ("qkkql", (0.5, 5, 3, 7, 9)),
+    _delta_kernel: ("qqlla", (0.5, 5)),
+    _dkdv_kernel: ("qqakkdds", (0.5, 0.5, 5, 3, 7, 9, 11, 13)),
+    _dq_kernel: ("qks", (0.5, 5, 3, 7, 9, 11, 13)),
+}
 
 CALLS = 1024  # how many prepared calls are kept
+KEPT = 2**29  # bytes of ds that the gradient keeps at a time
 _lock = threading.RLock()
 _compiled = {}  # {(kernel, plan, constants, dtype, head dim, device, aligned): Triton's kernel}
 _calls = {}  # {all that a call depends on but its data: function of q, k, v}
@@ -469,10 +636,18 @@ def _bind(kernel, plan, constants, dtype, D, device):
     from nothing else, so that the code depends on none of them. D: a power of two."""
     empty = functools.partial(torch.empty_strided, device=device)
     like = lambda h, n: empty((2, h, n, D), ((h + 1) * (n + 8) * 2 * D, (n + 8) * 2 * D, 2 * D, 1), dtype=dtype)
-    stand_in = {"q": lambda: like(4, 384), "k": lambda: like(2, 512), "l": lambda: empty((2, 4, 384), (5 * 392, 392, 1), dtype=torch.float32)}
+    summed = kernel.fn is _dkdv_kernel and constants[-2]
+    stand_in = {
+        "q": lambda: like(4, 384),
+        "k": lambda: like(2, 512),
+        "d": lambda: like(2, 512).to(torch.float32 if summed else dtype),
+        "l": lambda: empty((2, 4, 384), (5 * 392, 392, 1), dtype=torch.float32),
+        "a": lambda: empty((2, 4, 384, 16), (5 * 392 * 16, 392 * 16, 16, 1), dtype=torch.bfloat16),
+        "s": lambda: empty((6, 640, 448), (648 * 456, 456, 1), dtype=dtype),
+    }
     letters, numbers = _TAKES[kernel.fn]
     arguments = *(stand_in[letter]() for letter in letters), *numbers, *constants
-    _binding.hopper = kernel is hopper_kernel
+    _binding.hopper = "range_warp_specializes" in plan.config.config
     try:  # Helion looks at the arguments again when it compiles
         return kernel.bind(arguments).compile_config(plan.config)
     finally:
@@ -503,7 +678,7 @@ def _prepare(kernel, plan, numbers, constants):
             compiled(all_programs, *arguments)
         else:
             # No integer is compiled in, as 1 or as a multiple of 16, but the strides that `aligned` is about.
-            strides = lambda name: "_stride_" in name and name.split("_")[0] not in ("lse", "delta")
+            strides = lambda name: "_stride_" in name and name.split("_")[0] not in ("lse", "dlse")
             plain = [
                 p.name for p, x in zip(triton_kernel.params, arguments)
                 if isinstance(x, int) and not p.is_constexpr and not (aligned and strides(p.name))
@@ -748,6 +923,16 @@ def _is_wide(*tensors):
     )
 
 
+@contextlib.contextmanager
+def _scratch(q):
+    """Memory of q's device for descriptors that a kernel makes."""
+    before = _allocation._allocator.set(lambda size, *_: q.new_empty(size, dtype=torch.int8))
+    try:
+        yield
+    finally:
+        _allocation._allocator.reset(before)
+
+
 def _plan(q, k, v, is_causal, scale, config, exact_lse):
     """What a call runs, as a function of q, k, v that returns out and lse."""
     B, H, M, D = q.shape
@@ -785,7 +970,7 @@ def _plan(q, k, v, is_causal, scale, config, exact_lse):
                 x.clone(memory_format=torch.contiguous_format) if copy else x
                 for x, copy in zip(few(*tensors), copied)
             ]
-        online = exact_lse or q.dtype == torch.float16
+        online = q.dtype == torch.float16
         # The last tile holds the end of the keys, and the diagonal where that is a multiple of the tile. A
         # running maximum must not see what a row does not see.
         masked = N < plan.block_n if diagonal == N else diagonal % plan.block_n > 0 or plan.block_n < plan.block_m
@@ -795,17 +980,13 @@ def _plan(q, k, v, is_causal, scale, config, exact_lse):
             redo = _prepare(general, other, numbers, (other.block_m, other.block_n, REDO_ROWS))
         programs = helion.runtime.get_num_sm(q.device)
         numbers = *numbers, programs, int(diagonal < N and tiles > programs)
-        constants = plan.block_m, plan.block_n, masked, online
+        constants = plan.block_m, plan.block_n, masked, online, exact_lse and not online
     launch = _prepare(kernel, plan, numbers, constants)
 
     def call(q, k, v):
         out, lse = _out_like(q), _lse_like(q)
-        # hopper_kernel makes a descriptor, in scratch memory of its own
-        before = _allocation._allocator.set(lambda size, *_: q.new_empty(size, dtype=torch.int8))
-        try:
+        with _scratch(q):
             launch(*fix(q, k, v), out, lse)
-        finally:
-            _allocation._allocator.reset(before)
         if redo is not None:
             redo(q, k, v, out, lse)
         return out, lse
@@ -859,44 +1040,82 @@ def _eager(q, k, v, is_causal, scale, enable_gqa, config, exact_lse):
     return _kept(known, key, lambda: _plan(q, k, v, is_causal, scale, config, exact_lse), config, q, k, v)
 
 
+def _parts(heads, group, M, N, size):
+    """How the heads of keys and the queries are divided, so that ds takes about KEPT bytes: heads and queries
+    at a time. At least 4 heads, since programs of a causal head differ in length."""
+    a_query = group * N * size
+    some = min(heads, max(4, KEPT // (a_query * M)))
+    some = triton.cdiv(heads, triton.cdiv(heads, some))
+    return some, min(M, max(128, KEPT // (a_query * some) // 128 * 128))
+
+
+def _plan_gradients(q, k, v, out, do, with_dlse, is_causal, scale, of_q, of_kv):
+    """The gradients as a function of q, k, v, out, lse, do and the gradient of lse."""
+    B, H, M, D = q.shape
+    Hk, N = k.shape[1:3]
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
+    plan, plan_q = configs.best_gradient(capability, D, q.dtype)
+    wide = _is_wide(q, k, v, out, do)
+    if plan.kernel == "hopper_dkdv" and (wide or not of_kv):  # for ds alone Triton does not specialise
+        plan, plan_q = configs.GRADIENT_HOPPER[max(16, triton.next_power_of_2(D))]
+    tma = plan.kernel == "hopper_dkdv"
+    kernels = [_wide[x] if wide else x for x in (delta_kernel, dkdv_kernel, dq_kernel)]
+    scale = D**-0.5 if scale is None else float(scale)
+    divisor = scale if abs(scale) > 2.0**-60 else 2.0**-60  # with less, scores change nothing
+    diagonal = _diagonal(is_causal, M, N)
+    padded_m, padded_n = (triton.cdiv(x, 128) * 128 for x in (M, N))
+    heads, rows = _parts(B * Hk, H // Hk, padded_m, padded_n, q.element_size())
+    summed = of_kv and rows < padded_m
+    masked = diagonal < N
+    delta = _prepare(kernels[0], plan_q, (1 / divisor, D), (64, with_dlse))
+    parts = []
+    for begin in range(0, B * Hk, heads):
+        for m in range(0, padded_m, rows):
+            some, m_range = min(heads, B * Hk - begin), (m // 128, min(m + rows, padded_m) // 128)
+            constants = plan.block_m, plan.block_n, masked, of_q, of_kv, summed, tma
+            numbers = scale, divisor * LOG2E, D, diagonal, begin, some, *m_range
+            dkdv = _prepare(kernels[1], plan, numbers, constants)
+            group = H // Hk
+            numbers = scale, D, diagonal, begin * group, some * group, *m_range
+            run_dq = _prepare(kernels[2], plan_q, numbers, (plan_q.block_m, plan_q.block_n))
+            parts.append((dkdv, run_dq, slice(begin, begin + some)))
+    contiguous = lambda x: x if _readable_by_tma(x) or not tma else x.clone(memory_format=torch.contiguous_format)
+
+    def call(q, k, v, out, lse, do, dlse):
+        with _scratch(q):
+            aug = q.new_empty((B, H, M, 16), dtype=torch.bfloat16)
+            ds = q.new_empty((heads * (H // Hk), padded_n, rows) if of_q else (1, 128, 128))
+            dq = _out_like(q) if of_q else None
+            dk, dv = (_out_like(x) if of_kv else x for x in (k, v))
+            parts_of = dk, dv
+            if summed:
+                dk, dv, *parts_of = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v, k, v))
+            delta(out, do, lse, lse if dlse is None else dlse, aug)
+            q, k, v, do = map(contiguous, (q, k, v, do))
+            for dkdv, run_dq, some in parts:
+                dkdv(q, do, aug, k, v, *parts_of, ds)
+                if of_q:
+                    run_dq(dq, k, ds)
+                if summed:
+                    for total, part in zip((dk, dv), parts_of):
+                        total.flatten(0, 1)[some] += part.flatten(0, 1)[some]
+        if not of_kv:
+            return dq, None, None
+        return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+    return call
+
+
 def _gradients(q, k, v, out, lse, do, dlse, is_causal, scale, of_q, of_kv):
     """dq, dk, dv, or None for those that are not asked for."""
+    if q.numel() == 0 or k.numel() == 0:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     q, k, v, do = (x.resolve_neg() for x in (q, k, v, torch.zeros_like(out) if do is None else do))
     key = (
         "gradients", *((x.shape, x.stride(), x.data_ptr() % 16) for x in (q, k, v, out, do)),
         q.dtype, q.device, dlse is None, is_causal, scale, of_q, of_kv,
     )  # fmt: skip
-
-    def make():
-        capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
-        plan_kv, plan_q = configs.best_gradient(capability, q.size(3), q.dtype)
-        factor = q.size(3) ** -0.5 if scale is None else scale
-        numbers = float(factor), q.size(3), _diagonal(is_causal, q.size(2), k.size(2))
-        kernels = delta_kernel, dkdv_kernel, dq_kernel
-        if _is_wide(q, k, v, out, do):
-            kernels = [_wide[kernel] for kernel in kernels]
-        run = _prepare(kernels[0], plan_q, numbers[1:2], (64,))
-        run_kv = _prepare(kernels[1], plan_kv, numbers, (plan_kv.block_m, plan_kv.block_n))
-        run_q = _prepare(kernels[2], plan_q, numbers, (plan_q.block_m, plan_q.block_n))
-
-        def call(q, k, v, out, lse, do, dlse):
-            delta = torch.empty_like(lse)
-            run(out, do, delta)
-            if dlse is not None:
-                delta -= dlse
-            dq = dk = dv = None
-            if of_kv:
-                dk, dv = _out_like(k), _out_like(v)
-                run_kv(q, k, v, do, lse, delta, dk, dv)
-            if of_q:
-                dq = _out_like(q)
-                run_q(q, k, v, do, lse, delta, dq)
-            return dq, dk, dv
-
-        return call
-
-    if q.numel() == 0 or k.numel() == 0:
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    make = lambda: _plan_gradients(q, k, v, out, do, dlse is not None, is_causal, scale, of_q, of_kv)
     return _kept(_calls.get(key), key, make, None, q, k, v, out, lse, do, dlse)
 
 
