@@ -32,7 +32,6 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import CausalVariant
 
 HERE = Path(__file__).resolve().parent
 GPU = torch.cuda.is_available()
@@ -43,6 +42,7 @@ import flash_attn
 import helion
 import triton
 from flash_attn import LOG2E, configs, flash_attention
+from torch.nn.attention.bias import CausalVariant
 
 DEVICE = "cuda" if GPU else "cpu"
 HEAD_DIMS = (16, 32, 64, 128, 256)  # what is compiled; others are filled up
