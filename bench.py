@@ -20,7 +20,6 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
-import math
 import os
 import statistics
 import sys
@@ -262,8 +261,8 @@ def gpu_table(name, shapes, args, rows):
             row([*shape], f"failed: {first_line(error)}", *[""] * (len(columns) - 1))
     good = [r for r in rows if "error" not in r]
     if good and not args.sweep:
-        means = [r["ms"][best_of(r)] / r["ms"]["Helion"] for r in good if best_of(r) in r["ms"]] or [math.nan]
-        print(f"\nGeometric mean of the speedups over the best competitor: {statistics.geometric_mean(means):.3f}x")
+        means = [r["ms"][best_of(r)] / r["ms"]["Helion"] for r in good if best_of(r) in r["ms"]]
+        print(f"\nGeometric mean of the speedups over the best competitor: {statistics.geometric_mean(means or [1]):.3f}x")
         if not args.backward and name in ("hopper", "default"):  # others would compile for each length
             growing_cost(name, min((r["shape"] for r in good), key=check.flops), args)
 
@@ -282,7 +281,7 @@ def autotune(name, shape, args):
     """Print a Config or Plan for configs.py, tuned for this GPU and shape, beside the one it started from.
 
     Helion's search tunes the report's kernel. It does not suit the others: its reference config has to run,
-    and in theirs nothing specialises. Of them some Plans near the one that we take are timed.
+    and does not specialise; their tiles are no part of a Config. Some Plans near the one that we take are timed.
     """
     start = config_of(name, shape, args)
     if isinstance(start, helion.Config):
@@ -293,15 +292,16 @@ def autotune(name, shape, args):
         attention_kernel.settings.autotune_seed_configs = start
         tuned = attention_kernel.bind(arguments).autotune(arguments)
     else:
-        if start.kernel == "hopper":  # two warpgroups of 64 rows each; 168 registers are what 12 warps can have
-            near = [(128, n, {"maxnreg": registers, "num_stages": stages, "range_num_stages": [1, stages]})
-                    for n, stages, registers in itertools.product((64, 128), (2, 3), (152, 160, 168))]  # fmt: skip
-        else:
-            near = [(m, n, {"num_warps": warps, "num_stages": stages})
-                    for m, n, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))]  # fmt: skip
+        tiles, warps = itertools.product((64, 128), (32, 64, 128)), (4, 8)
+        if start.kernel == "hopper":  # which has 64 rows for each of two warpgroups, and a third one that loads
+            tiles, warps = ((128, 64), (128, 128)), (4,)
+        near = list(itertools.product(tiles, warps, (2, 3, 4)))
         rounds = {}
-        for i, (m, n, change) in enumerate(near):
-            say(f"{m} queries x {n} keys, {change}: some 10 seconds, then {len(near) - 1 - i} more")
+        for i, ((m, n), warps, stages) in enumerate(near):
+            say(f"{m} queries x {n} keys, {warps} warps, {stages} stages: some 10 seconds, then {len(near) - 1 - i} more")
+            change = {"num_warps": warps, "num_stages": stages}
+            if start.kernel == "hopper":
+                change["range_num_stages"] = [1, stages]
             plan = configs.Plan(start.kernel, m, n, helion.Config(**{**start.config.config, **change}))
             rounds |= measure({plan: ours(plan)}, shape, args)
         tuned = min(rounds, key=lambda plan: statistics.median(rounds[plan]), default=start)
@@ -309,7 +309,9 @@ def autotune(name, shape, args):
     rounds = measure(functions, shape, args)
     times = ", ".join(f"{n} {statistics.median(ms):.4f} ms" for n, ms in rounds.items())
     print(f"TUNED = {tuned!r}\n# {[*shape]}, {args.dtype}, {torch.cuda.get_device_name()}: {times}")
-    return 0 if "tuned" in rounds else 1
+    agrees = "tuned" in rounds
+    say("It agrees with SDPA here. Run check.py with it in configs.py." if agrees else "It does not agree with SDPA.")
+    return 0 if agrees else 1
 
 
 def plot(path, records):
@@ -339,7 +341,7 @@ def plot(path, records):
         figure.legend(lines.values(), lines, loc="outside upper center", ncols=max(1, len(lines)), frameon=False)
         heads = f"{WIDTH // r0['head_dim']} heads" + f", {r0['kv_heads']} of k and v" * bool(r0["kv_heads"])
         figure.supylabel("TFLOPS", fontsize=10)
-        figure.supxlabel(f"sequence length, in batches of {TOKENS} tokens\n\n{r0['gpu']}, {r0['dtype']}, head dim "
+        figure.supxlabel(f"sequence length, in batches of {TOKENS:,} tokens\n\n{r0['gpu']}, {r0['dtype']}, head dim "
                          f"{r0['head_dim']}, {heads}, {r0['date'][:10]}\n"
                          + ", ".join(f"{n} {found}" for n, found in r0["versions"].items()), fontsize=9)  # fmt: skip
         figure.savefig(path, transparent=True, dpi=150)
@@ -357,11 +359,14 @@ def cpu_table(name, shapes, args, rows):
         for shape, (ms, torch_ms, times, tflops) in published.items():
             row([*shape], f"{ms:.4f}", f"{torch_ms:.4f}", f"{times:.2f}x", tflops)
     B, H, S, D = shapes[0]
-    config, small, blackwell = config_of(name, shapes[0], args), (1, 2, min(S, 256), D), name == "blackwell"
-    sms, group = ([100], [args.causal, H // (args.kv_heads or H)]) if blackwell else ([90, 100], [])
+    config, small = config_of(name, shapes[0], args), (1, 2, min(S, 256), D)
+    kernel = getattr(config, "kernel", "the report's")
+    sms, group = {"blackwell": [100], "hopper": [90]}.get(kernel, [90, 100]), []
+    if kernel == "blackwell":
+        group = [args.causal, H // (args.kv_heads or H)]
     say(f"{name}: compiling for sm_{' and sm_'.join(map(str, sms))}")
     codes = check.compile_in_child([(config, sm, D, args.dtype, *group) for sm in sms])
-    print(f"\nMachine code for D = {D}, {args.dtype}, by the compiler of {'cutlass-dsl' if blackwell else 'Triton'}:")
+    print(f"\nMachine code for D = {D}, {args.dtype}, from a compiler that needs no GPU:")
     table("Target", "Threads", "Registers", "Spilled (bytes)", "Shared memory (bytes)", "CTAs per SM", "Tensor cores")
     for sm, code in zip(sms, codes):
         found = (code.get(x, "") for x in ("threads", "registers", "spilled", "shared", "ctas", "instruction"))
@@ -414,6 +419,7 @@ def arguments():
     refuse(special and names[0] in configs.CONFIGS, "--causal, --kv-heads, --backward and --sweep are not for the report's "
            "kernel: leave --config out, or take hopper, blackwell or default")  # fmt: skip
     refuse(args.autotune and (args.backward or names[0] == "blackwell"), "--autotune is forward, and not for blackwell")
+    refuse(args.sweep and args.shape, "--sweep and --plot have their own shapes: --head-dim is what they take")
     refuse(args.plot and not importlib.util.find_spec("matplotlib"), "--plot needs matplotlib: pip install matplotlib")
     needs = [x for x in ("autotune", "backward", "plot", "sweep") if getattr(args, x) and not args.plot[1:]]
     refuse(needs and not check.GPU, f"--{' and --'.join(needs)}: this needs a GPU, and there is none")
@@ -427,7 +433,7 @@ def arguments():
     dims = range(8, 257, 8) if names[0] in ("hopper", "default") else check.HEAD_DIMS
     for B, H, S, D in args.tables[names[0]]:
         kv = H if args.kv_heads is None else args.kv_heads
-        refuse(min(B, H, S, kv) < 1 or H % kv, f"[{B}, {H}, {S}, {D}] with {kv} heads of k and v is no shape")
+        refuse(min(B, H, S, kv) < 1 or H % kv, f"[{B}, {H}, {S}, {D}], {kv} heads of k and v: not positive, or no divisor")
         refuse(D not in dims, f"head dim {D} is not one of those that {names[0]} has: {', '.join(map(str, dims))}")
     try:
         args.records = [json.load(open(path)) for path in args.plot[1:]]
@@ -454,8 +460,8 @@ def main():
     print(f"**Date:** {now}  \n**GPU:** {gpu}  ")
     print("**Versions:** " + ", ".join(f"{name} {version}" for name, version in found.items()) + "  ")
     print(f"**Case:** {args.dtype}; {args.layout.upper()} in memory; heads of k, v: {args.kv_heads or 'H'}  ")
-    print(f"**Times:** medians of {ROUNDS} rounds of do_bench, L2 flushed, competitors in turn, as CUDA graphs; host times and "
-          "steps (forward and backward, BSHD) without a graph. In brackets the smallest and the largest of a round.  \n"
+    print(f"**Times:** medians of {ROUNDS} rounds of do_bench, L2 flushed, competitors in turn, as CUDA graphs; host times "
+          "and steps (forward and backward, BSHD) without a graph. In brackets the smallest and the largest of a round.  \n"
           "**TFLOPS** as FlashAttention counts: 2 products forward, 5 backward, half of them if causal." if check.GPU
           else "**There is no GPU here: nothing below is a timing of this machine.**")  # fmt: skip
     kinds, status = itertools.product((False, True), repeat=2) if args.plot else [(args.backward, args.causal)], 0
