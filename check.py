@@ -105,9 +105,9 @@ def compiled():
 
 
 def launches(config, q, k, v, is_causal):
-    """Call what flash_attention calls with fake tensors; "gradient" for config is its gradient."""
+    """Call what flash_attention calls with fake tensors; "gradient" for config is also its gradient."""
     if config == "gradient":
-        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+        _, lse = flash_attn._eager(q, k, v, is_causal, None, False, None, True)
         flash_attn._gradients(q, k, v, q, lse, q, None, is_causal, None, True, True)
     else:
         flash_attn._eager(q, k, v, is_causal, None, k.size(1) < q.size(1), config, False)
@@ -159,8 +159,10 @@ def patch_interpreter():
         return interpreter.TensorHandle(data, tl.float32)
 
     def round_to_bf16(self, asm, constraints, values, *rest):
-        """It has no inline assembly, and flash_attn.py one piece of it."""
-        assert "cvt.rn.bf16x2.f32" in asm, "another piece of assembly"
+        """It has no inline assembly, and flash_attn.py two pieces: this, and one on barriers that are not here."""
+        assert "cvt.rn.bf16x2.f32" in asm or "mbarrier.inval" in asm, "another piece of assembly"
+        if "mbarrier.inval" in asm:
+            return mock.Mock(get_result=lambda i: values[0])
         return mock.Mock(get_result=lambda i: widened(to_bf16(values[0].data)))
 
     def multiply(self, a, b):  # only blackwell_kernel does it outside of a product
@@ -301,6 +303,23 @@ def cute_code(sm, kernel, grid, args, options):
         return resources(next(Path(folder).glob("*.cubin")), sm, math.prod(block), int(shared))
 
 
+def invalidated(ptx):
+    """Whether `fresh` of flash_attn.py does what it says: the mbarriers in the first 16 bytes of shared memory are
+    initialised and made invalid, and nothing else is done with them."""
+    sums = {m[1]: (m[2], m[3]) for m in re.finditer(r"add\.s32\s+(%r\d+), (%r\d+), (%?\w+);", ptx)}
+    begin = set(re.findall(r"mov\.b32\s+(%r\d+), global_smem;", ptx))
+
+    def first_16(register):
+        """Whether an address may be there: it is not, where something from 16 on is added to the beginning."""
+        x, y = sums.get(register, (register, "0"))
+        if x in sums:  # base, and perhaps 8 times a stage
+            return first_16(x) if not y.isdigit() or int(y) < 16 else False
+        return x in begin and (not y.isdigit() or int(y) < 16)
+
+    used = re.findall(r"mbarrier\.(?!init|inval)[\w.:]+\s+[^;]*\[(%r\d+)\]", ptx)
+    return len(used) > 0 and not any(map(first_16, used))
+
+
 def triton_code(sm, kernel, grid, args, options):
     """resources of what was launched, by Triton's compiler."""
     from triton.backends.compiler import GPUTarget
@@ -326,6 +345,8 @@ def triton_code(sm, kernel, grid, args, options):
     tmem = getattr(compiled.metadata, "tmem_size", None) or 0
     if tmem > 512:  # the code is empty, and a launch would raise OutOfResources
         raise RuntimeError(f"needs {tmem} columns of tensor memory, an SM has 512")
+    if "mbarrier.inval" in compiled.asm["ptx"] and not invalidated(compiled.asm["ptx"]):
+        raise RuntimeError("a barrier in the first 16 bytes of shared memory is used")
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
@@ -345,8 +366,9 @@ def machine_code(config, sm, head_dim=128, dtype="bfloat16", is_causal=False, gr
     forget()
     LAUNCHED.clear()
     with pretend(sm):
-        shapes = (64, length), (64 // group, keys or length), (64 // group, keys or length)
-        launches(config, *(torch.empty(16, *shape, head_dim, dtype=DTYPES[dtype], device="cuda")
+        B, H = (1, 16) if config == "gradient" else (16, 64)
+        shapes = (H, length), (H // group, keys or length), (H // group, keys or length)
+        launches(config, *(torch.empty(B, *shape, head_dim, dtype=DTYPES[dtype], device="cuda")
                            for shape in shapes), is_causal)  # fmt: skip
     first, *others = [(cute_code if cute else triton_code)(sm, *launch) for launch in LAUNCHED]
     return {**first, "then": others}
@@ -939,7 +961,7 @@ def gradient_of(config):
 def gradients(config, kind, dtype):
     """Unequal and ragged lengths, groups of heads, padded head dims, [B, S, H, D], a given scale, lse."""
     options = dict(is_causal=CAUSAL[kind], config=NAMED[config])
-    with gradient_of(config):
+    with gradient_of(config), mock.patch.object(flash_attn, "KEPT", flash_attn.KEPT if kind == "dense" else 1):
         for H, heads, M, N, dim in ((2, 2, 128, 256, D), (4, 2, 150, 300, D), (4, 1, 129, 200, 72), (2, 2, 200, 140, 16),
                                     (2, 2, 1, 200, D)):  # fmt: skip
             qkv = [bshd(x) for x in make((1, H, M, dim), dtype, N, heads)]
@@ -1196,6 +1218,7 @@ BEST = {89: ((32, 64, 128, 256), (128, 256)), 90: ((256,), (64, 128, 256)), 100:
         120: ((128,), (128,))}  # fmt: skip
 VARIANTS = {  # of hopper_kernel: masked or not, online or not; of blackwell_kernel: causal or not, GQA, lengths
     "hopper": (("bfloat16",), ("float16",), ("bfloat16", LOWER_RIGHT, 1, 4096, 4097), ("float16", True)),
+    "gradient": (("bfloat16",), ("float16", True), ("bfloat16", LOWER_RIGHT, 1, 4096, 4097)),
     "blackwell": (("bfloat16",), ("bfloat16", True, 4), ("bfloat16", False, 1, 384), ("float16", True)),
 }  # fmt: skip
 
@@ -1221,8 +1244,12 @@ def report_config(sm):
 
 
 def hopper_variants(head_dim):
-    """hopper_kernel is specialised: 12 warps."""
-    return compiles([(configs.HOPPER, 90, head_dim, *case) for case in VARIANTS["hopper"]], threads=384)
+    """hopper_kernel is specialised, 12 warps, also where lse is exact, and so is the gradient's first kernel."""
+    line = compiles([(configs.HOPPER, 90, head_dim, *case) for case in VARIANTS["hopper"]], threads=384)
+    jobs = [("gradient", 90, head_dim, *case) for case in VARIANTS["gradient"]]
+    for job, code in zip(jobs, compile_in_child(jobs)):
+        assert code.get("threads") == 384 and sorted(x["threads"] for x in code["then"])[-1] == 384, (job, code)
+    return line
 
 
 def blackwell_compiles(head_dim):
