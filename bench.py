@@ -450,8 +450,8 @@ def main():
         return plot(args.plot[0], args.records)
     if args.autotune:
         return autotune([*args.tables][0], args.autotune, args)
-    installed = {package.name: package.version for package in importlib.metadata.distributions()}
-    found = {name: installed[name] for name in PACKAGES if name in installed}
+    installed = {package.name for package in importlib.metadata.distributions()}
+    found = {name: importlib.metadata.version(name) for name in PACKAGES if name in installed}  # the first on the path
     found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     now = datetime.datetime.now().isoformat(timespec="seconds")
     gpu = torch.cuda.get_device_name() if check.GPU else "none"

@@ -171,22 +171,10 @@ def fresh(x, turn):
 
 
 def _hopper_kernel(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    qk_scale: float,
-    width: int,
-    diagonal: int,
-    programs: int,
-    paired: int,
-    block_m: hl.constexpr,
-    block_n: hl.constexpr,
-    masked: hl.constexpr,
-    online: hl.constexpr,
-    exact_lse: hl.constexpr,
-) -> torch.Tensor:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+    qk_scale: float, width: int, diagonal: int, programs: int, paired: int, block_m: hl.constexpr,
+    block_n: hl.constexpr, masked: hl.constexpr, online: hl.constexpr, exact_lse: hl.constexpr,
+) -> torch.Tensor:  # fmt: skip
     """Flash attention in the order that keeps Hopper's tensor cores busy, for tensors that TMA reads.
 
     The order: an iteration issues the product of the *previous* tile's p and v behind q k^T of this
@@ -199,8 +187,8 @@ def _hopper_kernel(
     keys: it takes tile i from a head's end, then tile i from its start, which cost the same together.
 
     online: with the running maximum, as FlashAttention does. float16 needs it, whose exponents are few.
-    Otherwise, bfloat16, the maximum is left out, and lse is that of the rounded p. Softmax is the same
-    whatever number is subtracted from a row's scores; here it is -offset, so that the loop has no maximum to
+    Otherwise, bfloat16, the maximum is left out, and lse is that of the rounded p, or, where exact_lse asks for
+    a second sum, of p itself. Softmax is the same whatever number is subtracted from a row's scores; here it is -offset, so that the loop has no maximum to
     find and nothing to rescale. A row whose numbers leave their range gets lse NaN, and general_kernel
     computes it again.
     That test is sufficient: with the maximum subtracted, the largest p of a row is 1, and what is
@@ -338,18 +326,10 @@ def _hopper_kernel(
 
 
 def _general_kernel(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    qk_scale: float,
-    width: int,
-    diagonal: int,
-    block_m: hl.constexpr,
-    block_n: hl.constexpr,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+    qk_scale: float, width: int, diagonal: int, block_m: hl.constexpr, block_n: hl.constexpr,
     span: hl.constexpr,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """The canonical loop on 2-D tiles, for any GPU, any strides and any case. Arguments as above.
 
     span: how many rows a program looks after. If they are more than block_m, it computes them only
@@ -406,16 +386,9 @@ def _general_kernel(
 
 
 def _delta_kernel(
-    out: torch.Tensor,
-    do: torch.Tensor,
-    lse: torch.Tensor,
-    dlse: torch.Tensor,
-    aug: torch.Tensor,
-    inverse: float,
-    width: int,
-    block_m: hl.constexpr,
-    with_dlse: hl.constexpr,
-) -> torch.Tensor:
+    out: torch.Tensor, do: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor, aug: torch.Tensor,
+    inverse: float, width: int, block_m: hl.constexpr, with_dlse: hl.constexpr,
+) -> torch.Tensor:  # fmt: skip
     """aug: [B, H, M, 16], bfloat16: what a product with ones adds to a query's scores, -lse / scale, and to its
     row of do v^T, -delta, the sum of out * do over the row less the gradient of lse. Each as three bfloat16,
     which have float32's 24 bits. inverse: 1 / scale."""
@@ -466,30 +439,12 @@ def load_kept(x, strides, b, h, rows, columns, width, tma, tile, other):
 
 
 def _dkdv_kernel(
-    q: torch.Tensor,
-    do: torch.Tensor,
-    aug: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    dk: torch.Tensor,
-    dv: torch.Tensor,
-    ds: torch.Tensor,
-    scale: float,
-    scale2: float,
-    width: int,
-    diagonal: int,
-    begin: int,
-    heads: int,
-    m_begin: int,
-    m_end: int,
-    block_m: hl.constexpr,
-    block_n: hl.constexpr,
-    masked: hl.constexpr,
-    of_q: hl.constexpr,
-    of_kv: hl.constexpr,
-    summed: hl.constexpr,
-    tma: hl.constexpr,
-) -> torch.Tensor:
+    q: torch.Tensor, do: torch.Tensor, aug: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    dk: torch.Tensor, dv: torch.Tensor, ds: torch.Tensor, scale: float, scale2: float, width: int,
+    diagonal: int, begin: int, heads: int, m_begin: int, m_end: int, block_m: hl.constexpr,
+    block_n: hl.constexpr, masked: hl.constexpr, of_q: hl.constexpr, of_kv: hl.constexpr,
+    summed: hl.constexpr, tma: hl.constexpr,
+) -> torch.Tensor:  # fmt: skip
     """dk and dv of a tile of keys, which walks over the queries of all heads that share it. Scores are
     transposed, s^T = k q^T, so that p^T and ds^T are operands as they are.
 
@@ -557,19 +512,9 @@ def _dkdv_kernel(
 
 
 def _dq_kernel(
-    dq: torch.Tensor,
-    k: torch.Tensor,
-    ds: torch.Tensor,
-    scale: float,
-    width: int,
-    diagonal: int,
-    begin: int,
-    heads: int,
-    m_begin: int,
-    m_end: int,
-    block_m: hl.constexpr,
-    block_n: hl.constexpr,
-) -> torch.Tensor:
+    dq: torch.Tensor, k: torch.Tensor, ds: torch.Tensor, scale: float, width: int, diagonal: int,
+    begin: int, heads: int, m_begin: int, m_end: int, block_m: hl.constexpr, block_n: hl.constexpr,
+) -> torch.Tensor:  # fmt: skip
     """dq of a tile of queries, from what dkdv_kernel kept. Arguments as there; its heads are heads of q."""
     B, H, M, D = dq.size()
     Hk, N = k.size(1), k.size(2)
@@ -822,8 +767,9 @@ def _report(scale, config):
 
 
 def _blackwell_kernel(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None, causal: hl.constexpr
-) -> torch.Tensor:
+   
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None, causal: hl.constexpr,
+) -> torch.Tensor:  # fmt: skip
     """The canonical loop, word for word as Helion's cute backend recognises it: a FlashAttention-4 kernel
     takes its place. Where a line reads otherwise, q scaled before the loop, acc * (1 / l_i), the mask the
     other way round, it does not, and would compile the loop as it stands, for hardly any speed.
@@ -1079,7 +1025,7 @@ def _plan_gradients(q, k, v, out, do, with_dlse, is_causal, scale, of_q, of_kv):
             numbers = scale, D, diagonal, begin * group, some * group, *m_range
             run_dq = _prepare(kernels[2], plan_q, numbers, (plan_q.block_m, plan_q.block_n))
             parts.append((dkdv, run_dq, slice(begin, begin + some)))
-    contiguous = lambda x: x if _readable_by_tma(x) or not tma else x.clone(memory_format=torch.contiguous_format)
+    copied = [tma and not _readable_by_tma(x) for x in (q, k, v, do)]
 
     def call(q, k, v, out, lse, do, dlse):
         with _scratch(q):
@@ -1090,8 +1036,10 @@ def _plan_gradients(q, k, v, out, do, with_dlse, is_causal, scale, of_q, of_kv):
             parts_of = dk, dv
             if summed:
                 dk, dv, *parts_of = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v, k, v))
-            delta(out, do, lse, lse if dlse is None else dlse, aug)
-            q, k, v, do = map(contiguous, (q, k, v, do))
+            delta(out, do, lse, lse if dlse is None else dlse.contiguous(), aug)
+            if any(copied):
+                q, k, v, do = (x.clone(memory_format=torch.contiguous_format) if copy else x
+                               for x, copy in zip((q, k, v, do), copied))  # fmt: skip
             for dkdv, run_dq, some in parts:
                 dkdv(q, do, aug, k, v, *parts_of, ds)
                 if of_q:
@@ -1203,9 +1151,10 @@ def flash_attention(q, k, v, *, is_causal=False, scale=None, enable_gqa=False, r
     general_kernel what it does not take. A helion.Config is the report's and runs attention_kernel, dense
     and compiled for each shape. None takes what configs.py knows to be best for this GPU.
     Returns out: [B, H, M, D] in q's dtype and layout. With return_lse, out and lse: [B, H, M], float32,
-    the natural logarithm of each row's sum of exp(q k^T * scale), -inf for a row that sees nothing. On
-    Hopper in bfloat16 out then has other bits, as where a gradient is wanted: it takes the running maximum.
-    Differentiable once, with respect to q, k, v, out and lse, and the same bits at every run.
+    the natural logarithm of each row's sum of exp(q k^T * scale), -inf for a row that sees nothing. out is
+    the same, bit for bit.
+    Differentiable once, with respect to q, k, v, out and lse, and the same bits at every run. The gradient takes
+    about 512 MB for a while, or less where all scores take less.
     Tensors are read where they are, heads of k and v that are one head expanded, too. Only what TMA
     cannot read, rows that are not contiguous or do not start at multiples of 16 bytes, and a batch that
     is expanded, is copied, for hopper_kernel; and q in [B, S, H, D], where D is no power of two.
