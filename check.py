@@ -305,7 +305,9 @@ def cute_code(sm, kernel, grid, args, options):
 
 def invalidated(ptx):
     """Whether `fresh` of flash_attn.py does what it says: the mbarriers in the first 16 bytes of shared memory are
-    initialised and made invalid, and nothing else is done with them."""
+    made invalid, and nothing else is done with them."""
+    if not all(f"mbarrier.inval.shared::cta.b64 [global_smem{at}];" in ptx for at in ("", "+8")):
+        return False
     sums = {m[1]: (m[2], m[3]) for m in re.finditer(r"add\.s32\s+(%r\d+), (%r\d+), (%?\w+);", ptx)}
     begin = set(re.findall(r"mov\.b32\s+(%r\d+), global_smem;", ptx))
 
@@ -345,8 +347,8 @@ def triton_code(sm, kernel, grid, args, options):
     tmem = getattr(compiled.metadata, "tmem_size", None) or 0
     if tmem > 512:  # the code is empty, and a launch would raise OutOfResources
         raise RuntimeError(f"needs {tmem} columns of tensor memory, an SM has 512")
-    if "[global_smem]" in compiled.asm["ptx"] and not invalidated(compiled.asm["ptx"]):
-        raise RuntimeError("a barrier in the first 16 bytes of shared memory is used")
+    if compiled.metadata.num_warps == 12 and not invalidated(compiled.asm["ptx"]):  # specialised
+        raise RuntimeError("barriers in the first 16 bytes of shared memory are used, or not made invalid")
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])

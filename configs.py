@@ -14,6 +14,7 @@ if not hasattr(triton_compat, "IntelGPUError"):
     triton_compat.IntelGPUError = type("IntelGPUError", (Exception,), {})
 
 import helion
+import triton
 
 # ---- The published report -----------------------------------------------------------------------
 # All three drive `attention_kernel`: block_sizes are [batch*head, query, key], the memory
@@ -70,6 +71,10 @@ class Plan:
     block_n: int  # keys a tile
     config: helion.Config
 
+
+# The Triton versions for which `fresh` of flash_attn.py knows what is in the way of the first tile. With
+# others `best` does not name HOPPER: run `check.py -k hopper` before you do.
+SPECIALISED = triton.__version__.startswith(("3.6.", "3.7."))
 
 # Hopper, bf16 and fp16, D up to 128, measured for D = 64 and 128. The memory operations are [load v,
 # k, the last v; store lse, out]. Warp specialisation: one warpgroup loads, two compute 64 rows each.
@@ -129,7 +134,7 @@ def best(capability, head_dim, dtype, length):
     if capability == (9, 0):
         if head_dim == 256:
             return HOPPER_D256
-        return HOPPER if length > 128 else HOPPER_GENERAL
+        return HOPPER if length > 128 and SPECIALISED else HOPPER_GENERAL
     if capability is not None and capability[0] == 10:
         return BLACKWELL[head_dim]
     return AMPERE[head_dim]
@@ -170,4 +175,4 @@ def best_gradient(capability, head_dim, dtype):
     if capability != (9, 0):
         return GRADIENT[head_dim]
     dkdv, dq = GRADIENT_HOPPER[head_dim]
-    return HOPPER_DKDV if head_dim in (64, 128) else dkdv, dq
+    return HOPPER_DKDV if head_dim in (64, 128) and SPECIALISED else dkdv, dq
