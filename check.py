@@ -964,7 +964,7 @@ def gradients(config, kind, dtype):
     """Unequal and ragged lengths, groups of heads, padded head dims, [B, S, H, D], a given scale, lse."""
     options = dict(is_causal=CAUSAL[kind], config=NAMED[config])
     with gradient_of(config), mock.patch.object(flash_attn, "KEPT", flash_attn.KEPT if kind == "dense" else 1):
-        for H, heads, M, N, dim in ((2, 2, 128, 256, D), (4, 2, 150, 300, D), (4, 1, 129, 200, 72), (2, 2, 200, 140, 16),
+        for H, heads, M, N, dim in ((2, 2, 128, 256, D), (4, 2, 150, 300, D), (4, 1, 129, 200, 72), (10, 5, 200, 140, 16),
                                     (2, 2, 1, 200, D)):  # fmt: skip
             qkv = [bshd(x) for x in make((1, H, M, dim), dtype, N, heads)]
             line = compare_gradients(qkv, options, with_lse=M not in (1, 128), scale=0.3 if M == 128 else None)
