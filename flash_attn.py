@@ -460,8 +460,12 @@ def _dkdv_kernel(
     group = H // Hk
     blocks = (N + block_n - 1) // block_n
     for w in hl.grid(heads * blocks):
-        tile = scalar("{0} // {1}", w, heads)  # first the keys that most queries see
-        local = scalar("{0} - {1} * {2}", w, tile, heads)
+        if masked:  # first the keys that most queries see, of all heads
+            tile = scalar("{0} // {1}", w, heads)
+            local = scalar("{0} - {1} * {2}", w, tile, heads)
+        else:  # the tiles of a head together: they read the same queries
+            local = scalar("{0} // {1}", w, blocks)
+            tile = scalar("{0} - {1} * {2}", w, local, blocks)
         b = scalar("({0} + {1}) // {2}", begin, local, Hk)
         hk = scalar("{0} + {1} - {2} * {3}", begin, local, b, Hk)
         keys, columns = (tile + 1) * block_n + (hl.arange(block_n) - block_n), hl.arange(D)
