@@ -1031,6 +1031,23 @@ def in_torch(name):
             expected = torch.autograd.grad(loss(*attend(*qkv)), qkv)
             torch.testing.assert_close(torch.autograd.grad(loss(out, lse), qkv), expected, atol=2e-3, rtol=2e-3)
         assert counter.frame_count == 1, f"{counter.frame_count} graphs"
+    elif name == "sdpa":  # its flash backend, on a CPU what it would call
+        qkv = [x.requires_grad_() for x in make((2, 4, 140, D), "float16")]
+        registered = flash_attn._Registered("CUDA" if GPU else "CPU")
+        try:
+            if GPU:
+                with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                    out = F.scaled_dot_product_attention(*qkv, is_causal=True, scale=0.1)
+            else:
+                out = torch.ops.aten._scaled_dot_product_flash_attention(*qkv, 0.0, True, scale=0.1)[0]
+            found = torch.autograd.grad(out.square().sum(), qkv)
+        finally:
+            registered.remove()
+        expected = torch.autograd.grad(flash_attention(*qkv, is_causal=True, scale=0.1).square().sum(), qkv)
+        compare(out, *qkv, 0.1, is_causal=True)
+        assert all(map(torch.equal, found, expected)), "other kernels than ours"
+        listed = getattr(torch.nn.attention, "list_flash_attention_impls", lambda: ["helion"])  # older torch has no list
+        assert "helion" in listed()
     elif name == "export":
         module = torch.nn.Module()
         module.forward = attend
@@ -1343,7 +1360,7 @@ def cases(draws):
     for module in ("flash_attn", "app.ops.flash_attn"):
         yield [(copied_files, (module,))]
     yield [(bad_input, ()), (asked_for, ())]
-    yield [(in_torch, (name,)) for name in ("opcheck", "gradcheck", "compile", "export", "autocast", "errors")]
+    yield [(in_torch, (name,)) for name in ("opcheck", "gradcheck", "compile", "sdpa", "export", "autocast", "errors")]
     yield [(readme_block, (i,)) for i in range(len(readme_blocks()))] + [(transformers_model, ())]
     if GPU:
         yield [(threads, ()), (capture, ())]

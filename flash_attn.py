@@ -1138,6 +1138,35 @@ def _differentiate(ctx, do, dlse):
 _operator.register_autograd(_differentiate, setup_context=_save)
 
 
+def _sdpa_forward(q, k, v, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
+    if dropout_p or return_debug_mask:
+        raise RuntimeError("flash_attn.py has no dropout: torch.nn.attention.restore_flash_attention_impl()")
+    out, lse = _eager(q, k, v, is_causal, scale, True, None, True)
+    no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.zeros((), dtype=torch.uint64, device=q.device)
+    return out, lse, None, None, q.size(2), k.size(2), *no_dropout, q.new_empty(0)
+
+
+def _sdpa_backward(do, q, k, v, out, lse, _q, _k, M, N, dropout_p, is_causal, _seed, _offset, *, scale=None):
+    return _gradients(q, k, v, out, lse, do, None, is_causal, scale, True, True)
+
+
+class _Registered:
+    """What torch.nn.attention keeps while SDPA's flash backend is this file, on CUDA or, for check.py, the CPU."""
+
+    def __init__(self, key="CUDA"):
+        self.library = torch.library.Library("aten", "IMPL")
+        self.library.impl("_scaled_dot_product_flash_attention", _sdpa_forward, key)
+        self.library.impl("_scaled_dot_product_flash_attention_backward", _sdpa_backward, key)
+
+    def remove(self):
+        self.library._destroy()
+
+
+# torch.nn.attention.activate_flash_attention_impl("helion") puts it behind SDPA, where torch has that.
+if hasattr(torch.nn.attention, "register_flash_attention_impl"):
+    torch.nn.attention.register_flash_attention_impl("helion", register_fn=_Registered)
+
+
 def flash_attention(q, k, v, *, is_causal=False, scale=None, enable_gqa=False, return_lse=False, config=None):
     """softmax(q k^T * scale) v as torch's scaled_dot_product_attention names it, and its gradient.
 
