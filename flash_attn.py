@@ -992,9 +992,9 @@ def _eager(q, k, v, is_causal, scale, enable_gqa, config, exact_lse):
 
 def _parts(heads, group, M, N, size):
     """How the heads of keys and the queries are divided, so that ds takes about KEPT bytes: heads and queries
-    at a time. At least 4 heads, since programs of a causal head differ in length."""
+    at a time. 4 heads, if they can be, since the programs of a causal head differ in length."""
     a_query = group * N * size
-    some = min(heads, max(4, KEPT // (a_query * M)))
+    some = min(heads, max(1, KEPT // (a_query * M), min(4, KEPT // (a_query * 128))))
     some = triton.cdiv(heads, triton.cdiv(heads, some))
     return some, min(M, max(128, KEPT // (a_query * some) // 128 * 128))
 
@@ -1005,7 +1005,9 @@ def _plan_gradients(q, k, v, out, do, with_dlse, is_causal, scale, of_q, of_kv):
     Hk, N = k.shape[1:3]
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
     plan, plan_q = configs.best_gradient(capability, D, q.dtype)
-    wide = _is_wide(q, k, v, out, do)
+    padded_m, padded_n = (triton.cdiv(x, 128) * 128 for x in (M, N))
+    heads, rows = _parts(B * Hk, H // Hk, padded_m, padded_n, q.element_size())
+    wide = _is_wide(q, k, v, out, do) or heads * (H // Hk) * padded_n * rows >= 2**31
     if plan.kernel == "hopper_dkdv" and (wide or not of_kv):  # for ds alone Triton does not specialise
         plan, plan_q = configs.GRADIENT_HOPPER[max(16, triton.next_power_of_2(D))]
     tma = plan.kernel == "hopper_dkdv"
@@ -1013,8 +1015,6 @@ def _plan_gradients(q, k, v, out, do, with_dlse, is_causal, scale, of_q, of_kv):
     scale = D**-0.5 if scale is None else float(scale)
     divisor = scale if abs(scale) > 2.0**-60 else 2.0**-60  # with less, scores change nothing
     diagonal = _diagonal(is_causal, M, N)
-    padded_m, padded_n = (triton.cdiv(x, 128) * 128 for x in (M, N))
-    heads, rows = _parts(B * Hk, H // Hk, padded_m, padded_n, q.element_size())
     summed = of_kv and rows < padded_m
     masked = diagonal < N
     delta = _prepare(kernels[0], plan_q, (1 / divisor, D), (64, with_dlse))
