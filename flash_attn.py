@@ -74,38 +74,6 @@ def round_to_bf16(p):
     )
 
 
-@helion.kernel(static_shapes=True, dot_precision="tf32x3")
-def attention_kernel(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, qk_scale: hl.constexpr
-) -> torch.Tensor:
-    """The report's kernel: the canonical loop on 3-D tiles, dense, compiled for each shape as there.
-
-    q, out: [B * H, M, D]; k, v: [B * H, N, D]; qk_scale: scale * log2(e).
-    """
-    BH, M, D = q.size()
-    N = k.size(1)
-    D = hl.specialize(D)
-    for tile_b, tile_m in hl.tile([BH, M]):
-        m_i = hl.full([tile_b, tile_m], float("-inf"), dtype=torch.float32)
-        l_i = hl.zeros([tile_b, tile_m], dtype=torch.float32)
-        acc = hl.zeros([tile_b, tile_m, D], dtype=torch.float32)
-        q_tile = q[tile_b, tile_m, :]
-        for tile_n in hl.tile(N):
-            k_tile = k[tile_b, tile_n, :]
-            qk = torch.bmm(q_tile, k_tile.transpose(1, 2), torch.float32) * qk_scale
-            m_ij = torch.maximum(m_i, torch.amax(qk, -1))
-            p = torch.exp2(qk - m_ij[:, :, None])
-            alpha = torch.exp2(m_i - m_ij)
-            l_i = l_i * alpha + torch.sum(p, -1)
-            m_i = m_ij
-            acc = acc * alpha[:, :, None]
-            v_tile = v[tile_b, tile_n, :]
-            acc = torch.baddbmm(acc, p.to(v_tile.dtype), v_tile)
-        acc = acc * (1 / l_i)[:, :, None]  # one division a row instead of one an element
-        out[tile_b, tile_m, :] = acc.to(out.dtype)
-    return out
-
-
 def fresh(x, turn):
     """x, an int32. In turn 0 of a program: shared memory from where x is used on, by the warps that load.
     Triton 3.6 and 3.7 initialise mbarriers that nobody uses in the first 16 bytes of shared memory and give
@@ -153,21 +121,6 @@ def attention_kernel(
         acc = acc * (1 / l_i)[:, :, None]  # one division a row instead of one an element
         out[tile_b, tile_m, :] = acc.to(out.dtype)
     return out
-
-
-def fresh(x, turn):
-    """x; in a program's first turn, shared memory may from here on be written by TMA. Triton 3.7.1 initialises mbarriers
-    that nothing uses at its first 16 bytes, and gives these to v's first tile without the mbarrier.inval that PTX asks
-    for: now and then the barriers' bits come back over a tile (NaN). Thread 0 is a loading one."""
-    asm = (
-        "{{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; or.b32 t, t, $2; setp.eq.u32 p, t, 0;"
-        " @p mbarrier.inval.shared::cta.b64 [global_smem]; @p mbarrier.inval.shared::cta.b64 [global_smem+8];"
-        " @p fence.proxy.async.shared::cta; mov.b32 $0, $1; }}"
-    )
-    return hl.inline_triton(
-        f"tl.inline_asm_elementwise('{asm}', '=r,r,r', [{{0}}, {{1}}], dtype=tl.int32, is_pure=True, pack=1)",
-        args=(x, turn), output_like=hl.zeros([], dtype=torch.int32),
-    )  # fmt: skip
 
 
 def _hopper_kernel(
@@ -537,7 +490,7 @@ def _dq_kernel(
         acc = hl.zeros([block_m, D], dtype=torch.float32)
         for n in hl.grid(0, end, block_n):
             keys = n + hl.arange(block_n)
-            ds_tile = hl.load(ds, [local, keys[:, None], rows[None, :]], extra_mask=(keys < N)[:, None])
+            ds_tile = hl.load(ds, [local, keys[:, None], rows[None, :]], extra_mask=(keys < end)[:, None])
             k_tile = load(k, b, hk, keys, columns, width, False)
             acc = hl.dot(ds_tile.T, k_tile, acc=acc)
         rows = m_begin * 128 + rows
@@ -1007,7 +960,7 @@ def _plan_gradients(q, k, v, out, do, with_dlse, is_causal, scale, of_q, of_kv):
     plan, plan_q = configs.best_gradient(capability, D, q.dtype)
     padded_m, padded_n = (triton.cdiv(x, 128) * 128 for x in (M, N))
     heads, rows = _parts(B * Hk, H // Hk, padded_m, padded_n, q.element_size())
-    wide = _is_wide(q, k, v, out, do) or heads * (H // Hk) * padded_n * rows >= 2**31
+    wide = _is_wide(q, k, v, out, do) or 16 * B * H * M >= 2**31 or heads * (H // Hk) * padded_n * rows >= 2**31
     if plan.kernel == "hopper_dkdv" and (wide or not of_kv):  # for ds alone Triton does not specialise
         plan, plan_q = configs.GRADIENT_HOPPER[max(16, triton.next_power_of_2(D))]
     tma = plan.kernel == "hopper_dkdv"
@@ -1053,7 +1006,9 @@ def _plan_gradients(q, k, v, out, do, with_dlse, is_causal, scale, of_q, of_kv):
                         total.flatten(0, 1)[some] += part.flatten(0, 1)[some]
         if not of_kv:
             return dq, None, None
-        return dq, dk.to(k.dtype), dv.to(v.dtype)
+        if summed:
+            dk, dv = _out_like(k).copy_(dk), _out_like(v).copy_(dv)
+        return dq, dk, dv
 
     return call
 
@@ -1187,7 +1142,7 @@ def flash_attention(q, k, v, *, is_causal=False, scale=None, enable_gqa=False, r
     the natural logarithm of each row's sum of exp(q k^T * scale), -inf for a row that sees nothing. out is
     the same, bit for bit.
     Differentiable once, with respect to q, k, v, out and lse, and the same bits at every run. The gradient takes
-    about 512 MB for a while, or less where all scores take less.
+    about 512 MB for a while: less where all scores take less, more where 128 queries of a group of heads do.
     Tensors are read where they are, heads of k and v that are one head expanded, too. Only what TMA
     cannot read, rows that are not contiguous or do not start at multiples of 16 bytes, and a batch that
     is expanded, is copied, for hopper_kernel; and q in [B, S, H, D], where D is no power of two.
