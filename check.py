@@ -740,13 +740,13 @@ def compiles_nothing(config):
 
 
 def large_tensor(config):
-    """More than 2^31 elements between the first and the last."""
+    """More than 2^31 elements between the first and the last. A CPU has only those in memory that are touched."""
     apart = 2**30 + 8 * D
-    storage = torch.empty(2 * apart + 2 * 300 * D, dtype=torch.bfloat16, device=DEVICE)
+    storage = torch.UntypedStorage(2 * (2 * apart + 2 * 300 * D), device=DEVICE)  # nobody fills it
     for large in ((0, 1, 2), (0,), (1, 2)):
         qkv = make((3, 2, 300, D))
         for i in large:
-            x = storage.as_strided((3, 2, 300, D), (apart, 300 * D, D, 1))
+            x = qkv[i].new_empty(0).set_(storage, 0, (3, 2, 300, D), (apart, 300 * D, D, 1))
             if i != large[0]:  # k and v, or all three, are one tensor then
                 qkv[i] = qkv[large[0]]
             else:
@@ -796,7 +796,8 @@ def report_shape(config, *shape):
     """A shape of the report; the float64 reference is taken of two heads."""
     q, k, v = make(shape)
     out = flash_attention(q, k, v, config=NAMED[config])
-    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v), atol=2e-2, rtol=2e-2)
+    for x, y in zip(out, F.scaled_dot_product_attention(q, k, v)):  # one b at a time: it takes several times as much
+        torch.testing.assert_close(x, y, atol=2e-2, rtol=2e-2)
     return [compare(*(x[b, h][None, None] for x in (out, q, k, v))) for b, h in ((0, 0), (-1, -1))][-1]
 
 
@@ -1363,6 +1364,7 @@ def cases(draws):
     yield [(special_values, ("tile128",)), (hard_rows, ("tile128", "mixed", "bfloat16"))]
     for name in plans:
         yield [(special_values, (name,)), (another_call, (name,)), (split_keys, (name,)), (saved_lse, (name,))]
+        yield [(large_tensor, (name,))]
     for dim in (64, 128):
         yield [(blackwell, (dim, dtype)) for dtype in ("bfloat16", "float16")]
     yield [(blackwell_leaves, ())]
@@ -1376,7 +1378,7 @@ def cases(draws):
         for name in (*configs.CONFIGS, *plans):
             yield [(same_bits, (name,))]
         for name in plans:
-            yield [(compiles_nothing, (name,)), (large_tensor, (name,))]
+            yield [(compiles_nothing, (name,))]
         for name in (*configs.CONFIGS, "hopper"):
             yield [(report_shape, (name, *row[0])) for row in PUBLISHED.get(name, PUBLISHED["tile128"])]
 
@@ -1391,8 +1393,7 @@ def prepare():
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # It fills new memory with NaN, so that an element that nobody writes shows.
     torch.use_deterministic_algorithms(True, warn_only=True)
-    if not GPU:  # the interpreter has no use for more
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)  # the workers have all the cores already
 
 
 def run(group):
@@ -1407,6 +1408,8 @@ def run(group):
         except Exception as error:
             text = str(error).strip()[:600] or traceback.format_exc(limit=-1)
             results.append((label(case), "FAIL", f"{type(error).__name__}: {text}"))
+        if GPU:  # which has as much memory for all workers
+            torch.cuda.empty_cache()
     return results
 
 
@@ -1422,8 +1425,10 @@ def main():
     print(f"Executing on {where}.\n{total} cases in {workers} processes; torch {torch.__version__}, triton "
           f"{triton.__version__}, helion {importlib.metadata.version('helion')}.", flush=True)  # fmt: skip
     with concurrent.futures.ProcessPoolExecutor(workers, SPAWN, prepare) as pool:
-        for job in concurrent.futures.as_completed([pool.submit(run, group) for group in groups]):
-            for name, outcome, text in job.result():
+        jobs = {pool.submit(run, group): group for group in groups}
+        for job in concurrent.futures.as_completed(jobs):
+            died = job.exception() and f"a process died, here or in another case: {job.exception()}"
+            for name, outcome, text in [(label(case), "FAIL", died) for case in jobs[job]] if died else job.result():
                 count[outcome] += 1
                 alone = f"\n     alone: python check.py -k '^{name}$'" if outcome == "FAIL" else ""
                 print(f"{outcome:4s} {name}: {text}{alone}", flush=True)

@@ -371,6 +371,7 @@ def load(x, b, h, rows, columns, width, tma):
     """x[b, h, rows, columns], and 0 beyond x."""
     if tma:
         return hl.load(x, [b, h, rows, slice(None)])
+    b, h = b.to(rows.dtype), h.to(rows.dtype)  # `scalar` is 32 bits, hl.arange what the tensors need
     rows, columns = rows.unsqueeze(1), columns.unsqueeze(0)
     inside = columns < scalar("{0} // 8 * 8", width)
     return hl.load(x, [b, h, rows, columns], extra_mask=(rows < x.size(2)) & inside)
@@ -456,7 +457,7 @@ def _dkdv_kernel(
             if of_kv:
                 dk_acc = hl.dot(ds_tile, q_tile, acc=dk_acc)
             if of_q:
-                at = scalar("{0} * {1} + {2}", local, group, g)
+                at = scalar("{0} * {1} + {2}", local, group, g).to(keys.dtype)
                 m = scalar("({0} - {1}) * 128 + {2}", first, m_begin, step)
                 hl.store(ds, [at, keys[:, None], (m + hl.arange(block_m))[None, :]], ds_tile)
         if of_kv:
@@ -490,7 +491,7 @@ def _dq_kernel(
         acc = hl.zeros([block_m, D], dtype=torch.float32)
         for n in hl.grid(0, end, block_n):
             keys = n + hl.arange(block_n)
-            ds_tile = hl.load(ds, [local, keys[:, None], rows[None, :]], extra_mask=(keys < end)[:, None])
+            ds_tile = hl.load(ds, [local.to(keys.dtype), keys[:, None], rows[None, :]], extra_mask=(keys < end)[:, None])
             k_tile = load(k, b, hk, keys, columns, width, False)
             acc = hl.dot(ds_tile.T, k_tile, acc=acc)
         rows = m_begin * 128 + rows
@@ -724,7 +725,6 @@ def _report(scale, config):
 
 
 def _blackwell_kernel(
-   
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None, causal: hl.constexpr,
 ) -> torch.Tensor:  # fmt: skip
     """The canonical loop, word for word as Helion's cute backend recognises it: a FlashAttention-4 kernel
