@@ -9,7 +9,7 @@
 
 Markdown goes to stdout, progress to stderr. Every result is compared with SDPA's before its time is
 believed. Times are medians of triton.testing.do_bench (L2 flushed before each call); the competitors take
-turns over several rounds, so that clock drift hits all alike. The smallest and the largest speedup of a
+turns over several rounds, in random order, so that clock drift hits all alike. The smallest and the largest speedup of a
 round stand in brackets: read a difference as real only where both are on the same side of 1.
 Without a GPU the tables show what can be known without one.
 """
@@ -21,6 +21,7 @@ import importlib.util
 import itertools
 import json
 import os
+import random
 import statistics
 import sys
 import timeit
@@ -34,7 +35,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flash_attn import LOG2E, attention_kernel, configs, flash_attention
 
-ROUNDS, WARMUP_MS, REP_MS = 5, 10, 50
+ROUNDS, WARMUP_MS, REP_MS = 5, 50, 50
 GROWING = 100  # calls with one key more than the last
 # The sweep is FlashAttention's own: batches of 16k tokens, all heads together 2048 wide.
 LENGTHS, TOKENS, WIDTH = (512, 1024, 2048, 4096, 8192, 16384), 16384, 2048
@@ -151,13 +152,13 @@ def agree(found, expected):
 
 
 def take_turns(calls):
-    """{name: ms of each round}. Another order each round: who runs before decides at which clock."""
-    names, times = list(calls), {name: [] for name in calls}
+    """{name: ms of each round}. A GPU at its power limit is faster after a call that took little: nobody has
+    the same one before him in every round."""
+    order, times = random.Random(0), {name: [] for name in calls}
     for _ in range(ROUNDS):
-        for name in names:
+        for name in order.sample(list(calls), len(calls)):
             ms = triton.testing.do_bench(calls[name], warmup=WARMUP_MS, rep=REP_MS, return_mode="median")
             times[name].append(ms)
-        names = names[1:] + names[:1]
     return times
 
 
@@ -460,7 +461,7 @@ def main():
     print(f"**Date:** {now}  \n**GPU:** {gpu}  ")
     print("**Versions:** " + ", ".join(f"{name} {version}" for name, version in found.items()) + "  ")
     print(f"**Case:** {args.dtype}; {args.layout.upper()} in memory; heads of k, v: {args.kv_heads or 'H'}  ")
-    print(f"**Times:** medians of {ROUNDS} rounds of do_bench, L2 flushed, competitors in turn, as CUDA graphs; host times "
+    print(f"**Times:** medians of {ROUNDS} rounds of do_bench, L2 flushed, competitors in random order, as CUDA graphs; host times "
           "and steps (forward and backward, BSHD) without a graph. In brackets the smallest and the largest of a round.  \n"
           "**TFLOPS** as FlashAttention counts: 2 products forward, 5 backward, half of them if causal." if check.GPU
           else "**There is no GPU here: nothing below is a timing of this machine.**")  # fmt: skip

@@ -527,7 +527,7 @@ _TAKES = {
 }
 
 CALLS = 1024  # how many prepared calls are kept
-KEPT = 2**29  # bytes of ds that the gradient keeps at a time
+KEPT = 2**30  # bytes of ds that the gradient keeps at a time
 _lock = threading.RLock()
 _compiled = {}  # {(kernel, plan, constants, dtype, head dim, device, aligned): Triton's kernel}
 _calls = {}  # {all that a call depends on but its data: function of q, k, v}
@@ -945,9 +945,9 @@ def _eager(q, k, v, is_causal, scale, enable_gqa, config, exact_lse):
 
 def _parts(heads, group, M, N, size):
     """How the heads of keys and the queries are divided, so that ds takes about KEPT bytes: heads and queries
-    at a time. 4 heads, if they can be, since the programs of a causal head differ in length."""
+    at a time. All queries, or as many heads as have 256 tiles of keys together: two for each SM."""
     a_query = group * N * size
-    some = min(heads, max(1, KEPT // (a_query * M), min(4, KEPT // (a_query * 128))))
+    some = min(heads, max(1, KEPT // (a_query * M), min(triton.cdiv(2**15, N), KEPT // (a_query * 128))))
     some = triton.cdiv(heads, triton.cdiv(heads, some))
     return some, min(M, max(128, KEPT // (a_query * some) // 128 * 128))
 
@@ -1142,7 +1142,7 @@ def flash_attention(q, k, v, *, is_causal=False, scale=None, enable_gqa=False, r
     the natural logarithm of each row's sum of exp(q k^T * scale), -inf for a row that sees nothing. out is
     the same, bit for bit.
     Differentiable once, with respect to q, k, v, out and lse, and the same bits at every run. The gradient takes
-    about 512 MB for a while: less where all scores take less, more where 128 queries of a group of heads do.
+    about 1 GB for a while: less where all scores take less, more where 128 queries of a group of heads do.
     Tensors are read where they are, heads of k and v that are one head expanded, too. Only what TMA
     cannot read, rows that are not contiguous or do not start at multiples of 16 bytes, and a batch that
     is expanded, is copied, for hopper_kernel; and q in [B, S, H, D], where D is no power of two.
