@@ -48,7 +48,7 @@ DEVICE = "cuda" if GPU else "cpu"
 HEAD_DIMS = (16, 32, 64, 128, 256)  # what is compiled; others are filled up
 D = 128 if GPU else 64  # head dim of most cases; the interpreter is slow
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in flash_attn.DTYPES}
-NAMED = {**configs.CONFIGS, "hopper": configs.HOPPER, "general": configs.HOPPER_GENERAL,
+NAMED = {**configs.CONFIGS, "hopper": configs.HOPPER, "hopper_256": configs.HOPPER_256, "general": configs.HOPPER_GENERAL,
          "blackwell": configs.BLACKWELL_CUTE, "default": None}  # fmt: skip
 CAUSAL = {"dense": False, "upper_left": True, "lower_right": CausalVariant.LOWER_RIGHT}
 SPAWN = multiprocessing.get_context("spawn")
@@ -540,11 +540,17 @@ SHAPES = {
 }  # fmt: skip
 
 
+def dim_of(config):
+    """The head dim of its cases."""
+    return 256 if config == "hopper_256" else D
+
+
 def attention(config, kind, dtype):
     """Shapes of a kind, by a config. With and without lse, where that is another kernel."""
-    is_causal, config = CAUSAL.get(kind, False), NAMED[config]
+    dim, is_causal, config = dim_of(config), CAUSAL.get(kind, False), NAMED[config]
     options = dict(is_causal=is_causal, config=config)
     for shape, keys, heads in SHAPES[kind]:
+        shape = (*shape[:3], 256) if dim == 256 else shape
         q, k, v = make(shape, dtype, keys, heads)
         attend = functools.partial(flash_attention, q, k, v, enable_gqa=heads < shape[1], **options)
         try:
@@ -565,8 +571,8 @@ def attention(config, kind, dtype):
 def padded_head_dims(config, dtype):
     """Multiples of 8 that are no power of two: what fills them up must be 0, and the next head stays out."""
     for dim in (8, 24, 72, 80, 96, 112, 192, 200) if GPU else (8, 24, 80, 200):
-        if config != "default" and dim > 128:  # these tiles are not for as much
-            continue
+        if config in ("hopper", "general") and dim > 128 or config == "hopper_256" and dim <= 128:
+            continue  # what their tiles are not for
         q, k, v = (x.transpose(1, 2) for x in make((1, 150, 2, dim), dtype))  # [B, S, H, D] in memory
         q[0, 1], k[0, 1], v[0, 1] = math.nan, math.inf, math.nan  # TMA must not fill up the other head with these
         out = flash_attention(q, k, v, is_causal=True, config=NAMED[config])
@@ -579,9 +585,9 @@ def padded_head_dims(config, dtype):
 def unseen(config, dtype):
     """Keys beyond the diagonal, in a row's own tile, that would beat all that it sees by 2^20 and more."""
     for kind, M, N in (("upper_left", 256, 256), ("lower_right", 200, 328), ("lower_right", 150, 300)):
-        q, k, v = make((1, 1, M, D), dtype, N)
+        q, k, v = make((1, 1, M, dim_of(config)), dtype, N)
         q[..., 0], k[..., 0] = 8, 0
-        k[:, :, -6:, 0] = 2.5 * D**0.5
+        k[:, :, -6:, 0] = 2.5 * q.size(3) ** 0.5
         options = dict(config=NAMED[config], is_causal=CAUSAL[kind])
         for out in (flash_attention(q, k, v, **options), flash_attention(q, k, v, return_lse=True, **options)[0]):
             out, q_ = out[:, :, :-6], q[:, :, :-6]  # the rows that do not see them
@@ -710,6 +716,7 @@ def same_bits(config, runs=200):
     of_plans += [(flash_attention, options) for options in (dict(is_causal=True), dict(is_causal=True, return_lse=True))]
     for attend, options in [(flash_attention, {}), *([] if report else of_plans)]:
         for shape in ((4, 32, 1024, 128), (2, 16, 1001, 128 if report else 64), (2, 8, 8192, 128)):
+            shape = (*shape[:3], 256) if config == "hopper_256" else shape
             qkv = make(shape)
             first = attend(*qkv, config=NAMED[config], **options)
             for _ in range(runs):
@@ -817,8 +824,8 @@ def in_pieces(x):
     return torch.stack([first, second, x - first - second], -1)
 
 
-def hard_head(dtype, keys, seed, shift=0.0, sweep=0.0, spread=0.0, gap=0.0, upper=0.5, values="normal", size=1.0):
-    """q: [ROWS, D], k, v: [keys, D]: one head with scores and values to measure.
+def hard_head(dtype, keys, seed, dim=D, shift=0.0, sweep=0.0, spread=0.0, gap=0.0, upper=0.5, values="normal", size=1.0):
+    """q: [ROWS, dim], k, v: [keys, dim]: one head with scores and values to measure.
 
     shift is added to all scores, and another 0 to sweep from the first row to the last. spread: their
     standard deviation. A share of `upper` of the keys, but one at least, is on an upper level; the
@@ -836,17 +843,17 @@ def hard_head(dtype, keys, seed, shift=0.0, sweep=0.0, spread=0.0, gap=0.0, uppe
         # what cutting takes away from them. Rounding to nearest takes nothing, whatever is subtracted.
         scores = LN2 * (0.1 * uniform(keys) + 0.6 * odd)
         low = torch.zeros_like(low)
-        v = torch.where(odd, -(0.5**0.6), 1.0)[:, None] * (1 + uniform(D))
+        v = torch.where(odd, -(0.5**0.6), 1.0)[:, None] * (1 + uniform(dim))
     elif values == "positive":
-        v = uniform(keys, D)
+        v = uniform(keys, dim)
     elif values == "opposed":
-        v = torch.where(low, 1.0, -1.0)[:, None] * (1 + uniform(D))
+        v = torch.where(low, 1.0, -1.0)[:, None] * (1 + uniform(dim))
     else:
-        v = normal(keys, D) * {"normal": 1.0, "upper": ~low[:, None], "lower": low[:, None]}[values]
-    root, rest, along = D**0.5, D - 9, torch.linspace(0, 1, ROWS, dtype=torch.float64)
+        v = normal(keys, dim) * {"normal": 1.0, "upper": ~low[:, None], "lower": low[:, None]}[values]
+    root, rest, along = dim**0.5, dim - 9, torch.linspace(0, 1, ROWS, dtype=torch.float64)
     ones = lambda n: torch.ones(n, 3, dtype=torch.float64)
     shifts, gaps = in_pieces(root * (shift + sweep * along)), in_pieces(root * -(gap + LN2 * along))
-    q = torch.cat([ones(ROWS), shifts, gaps, normal(ROWS, rest) * spread * (D / rest) ** 0.5], -1)
+    q = torch.cat([ones(ROWS), shifts, gaps, normal(ROWS, rest) * spread * (dim / rest) ** 0.5], -1)
     k = torch.cat([in_pieces(root * scores), ones(keys), ones(keys) * low[:, None], normal(keys, rest)], -1)
     q, k = q.to(dtype), k.to(dtype)
     largest = definition(*(x[None, None].double() for x in (q, k, v)))[0].abs().max().item()
@@ -870,8 +877,8 @@ def rounded_once(q, k, v, ref):
     """
     errors, product = [], tf32x3 if v.dtype == torch.float32 else torch.matmul
     for t in (0, 0.25, 0.5, 0.75):
-        q_t, k_t = (x.float().roll(int(t * D), -1) for x in (q, k))
-        x = product(q_t, k_t.mT) * (D**-0.5 * LOG2E)
+        q_t, k_t = (x.float().roll(int(t * x.size(-1)), -1) for x in (q, k))
+        x = product(q_t, k_t.mT) * (q.size(-1) ** -0.5 * LOG2E)
         p = torch.exp2(x - x.amax(-1, keepdim=True) - t).to(v.dtype).float()
         tiles = list(zip(p.split(32, -1), v.float().split(32, -2)))
         acc, l = sum(product(p, v) for p, v in tiles), sum(p.sum(-1, keepdim=True) for p, _ in tiles)
@@ -884,7 +891,7 @@ def hold(config, dtype, heads, keys=KEYS):
     missed = []
     for first in range(0, len(heads), HEADS):
         some = heads[first : first + HEADS]
-        qkv = [torch.stack(x)[None] for x in zip(*(hard_head(dtype, keys, seed, **head) for seed, head in some))]
+        qkv = [torch.stack(x)[None] for x in zip(*(hard_head(dtype, keys, seed, dim_of(config), **head) for seed, head in some))]
         out = flash_attention(*qkv, config=NAMED[config])
         for i, (seed, head) in enumerate(some):
             q, k, v = (x[:, i : i + 1] for x in qkv)
@@ -1243,7 +1250,7 @@ NO_CUTE = importlib.util.find_spec("cutlass") is None
 LOWER_RIGHT = CAUSAL["lower_right"]
 # What flash_attention takes by itself on sm, for head dims, and its gradient. sm_86 and sm_89 have sm_80's
 # instructions and less shared memory.
-BEST = {89: ((32, 64, 128, 256), (128, 256)), 90: ((256,), (64, 128, 256)), 100: ((32, 64, 128, 256), (128, 256)),
+BEST = {89: ((32, 64, 128, 256), (128, 256)), 90: ((), (64, 128)), 100: ((32, 64, 128, 256), (128, 256)),
         120: ((128,), (128,))}  # fmt: skip
 VARIANTS = {  # of hopper_kernel: masked or not, online or not; of blackwell_kernel: causal or not, GQA, lengths
     "hopper": (("bfloat16",), ("float16",), ("bfloat16", LOWER_RIGHT, 1, 4096, 4097), ("float16", True)),
@@ -1273,11 +1280,12 @@ def report_config(sm):
 
 
 def hopper_variants(head_dim):
-    """hopper_kernel is specialised, 12 warps, also where lse is exact, and so is the gradient's first kernel."""
-    line = compiles([(configs.HOPPER, 90, head_dim, *case) for case in VARIANTS["hopper"]], threads=384)
-    jobs = [("gradient", 90, head_dim, *case) for case in VARIANTS["gradient"]]
+    """hopper_kernel is specialised, 12 warps, also where lse is exact, and so is the gradient's first kernel, but
+    for D = 256."""
+    line = compiles([(None, 90, head_dim, *case) for case in VARIANTS["hopper"]], threads=384)
+    jobs, widest = [("gradient", 90, head_dim, *case) for case in VARIANTS["gradient"]], 384 if head_dim < 256 else 256
     for job, code in zip(jobs, compile_in_child(jobs)):
-        assert code.get("threads") == 384 and sorted(x["threads"] for x in code["then"])[-1] == 384, (job, code)
+        assert code.get("threads") == 384 and max(x["threads"] for x in code["then"]) == widest, (job, code)
     return line
 
 
@@ -1333,9 +1341,10 @@ def cases(draws):
     # The slow ones first, so that no worker is left alone with them.
     for sm in BEST:
         yield [(best_config, (sm,))]
-    for dim in (64, 128):
+    for dim in (64, 128, 256):
         yield [(hopper_variants, (dim,))]
-        yield [(blackwell_compiles, (dim,))]
+        if dim < 256:
+            yield [(blackwell_compiles, (dim,))]
     for sm in (90, 100):
         yield [(report_config, (sm,))]
     yield [(training, ("eager",))]
@@ -1361,6 +1370,10 @@ def cases(draws):
                 yield [(attention, (name, kind, dtype)) for kind in ("upper_left", "lower_right")]
                 yield [(padded_head_dims, (name, dtype)), (unseen, (name, dtype))]
         yield [(attention, (name, "lengths", "bfloat16")), (layouts, (name,))]
+    for dtype in ("bfloat16", "float16"):
+        yield [(attention, ("hopper_256", kind, dtype)) for kind in ("lengths", "upper_left", "lower_right")]
+        yield [(padded_head_dims, ("hopper_256", dtype)), (unseen, ("hopper_256", dtype))]
+    yield [(hard_rows, ("hopper_256", kind, "bfloat16")) for kind in ("shifts_in_one_head", "upper_level")]
     yield [(special_values, ("tile128",)), (hard_rows, ("tile128", "mixed", "bfloat16"))]
     for name in plans:
         yield [(special_values, (name,)), (another_call, (name,)), (split_keys, (name,)), (saved_lse, (name,))]
@@ -1375,7 +1388,7 @@ def cases(draws):
     yield [(readme_block, (i,)) for i in range(len(readme_blocks()))] + [(transformers_model, ())]
     if GPU:
         yield [(threads, ()), (capture, ())]
-        for name in (*configs.CONFIGS, *plans):
+        for name in (*configs.CONFIGS, *plans, "hopper_256"):
             yield [(same_bits, (name,))]
         for name in plans:
             yield [(compiles_nothing, (name,))]

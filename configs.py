@@ -76,7 +76,7 @@ class Plan:
 # others `best` does not name HOPPER: run `check.py -k hopper` before you do.
 SPECIALISED = triton.__version__.startswith(("3.6.", "3.7."))
 
-# Hopper, bf16 and fp16, D up to 128, measured for D = 64 and 128. The memory operations are [load v,
+# Hopper, bf16 and fp16, D up to 128. The memory operations are [load v,
 # k, the last v; store lse, out]. Warp specialisation: one warpgroup loads, two compute 64 rows each.
 # maxnreg is what each of 12 warps can have; Triton then moves registers from the loading ones to the
 # others. One program per SM, which requests what the next tile needs while it computes this one. Two
@@ -93,6 +93,9 @@ HOPPER = Plan("hopper", 128, 128, helion.Config(
     range_warp_specializes=[None, True],
 ))  # fmt: skip
 
+# D up to 256: half the keys a tile, and no place for a last V. 229,664 of 232,448 bytes of shared memory.
+HOPPER_256 = Plan("hopper", 128, 64, HOPPER.config)
+
 # sm_100 through Helion's cute backend, compiled here, but never run: `best` does not name it. The tiles
 # are those that the backend recognises; all else, the pipeline family among it, is left to its seeds,
 # which differ with D, masking and length (S % 256 == 0: "fa4", two query tiles a CTA; else "ws_overlap").
@@ -106,12 +109,12 @@ def _general(block_m, block_n, num_warps, num_stages):
 
 
 # What hopper_kernel leaves to do and what it does not take: no more keys than one tile, scales that are
-# not positive, and D = 256, whose accumulator leaves registers for half the keys.
+# not positive. D = 256: an accumulator that leaves registers for half the keys.
 HOPPER_GENERAL = _general(128, 128, 8, 2)
-HOPPER_D256 = _general(128, 64, 8, 2)
+HOPPER_GENERAL_256 = _general(128, 64, 8, 2)
 
 # The rest is not measured but chosen by its machine code: for each head dim tiles that fit in shared
-# memory and spill no data (`python check.py -k default_config` compiles them again). First sm_100.
+# memory and spill no data (`python check.py -k best_config` compiles them again). First sm_100.
 BLACKWELL = {d: _general(128, 128, 8, 2) for d in (16, 32)}
 BLACKWELL |= {64: _general(128, 64, 8, 3), 128: _general(128, 32, 8, 2), 256: _general(64, 32, 8, 2)}
 # sm_80 and the consumer chips sm_86, sm_89, sm_120, which have 100 KiB of shared memory per SM.
@@ -132,9 +135,8 @@ def best(capability, head_dim, dtype, length):
     if dtype == torch.float32:
         return FLOAT32[head_dim]
     if capability == (9, 0):
-        if head_dim == 256:
-            return HOPPER_D256
-        return HOPPER if length > 128 and SPECIALISED else HOPPER_GENERAL
+        hopper, general = (HOPPER_256, HOPPER_GENERAL_256) if head_dim == 256 else (HOPPER, HOPPER_GENERAL)
+        return hopper if length > 128 and SPECIALISED else general
     if capability is not None and capability[0] == 10:
         return BLACKWELL[head_dim]
     return AMPERE[head_dim]

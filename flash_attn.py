@@ -195,6 +195,7 @@ def _hopper_kernel(
         m_i = hl.full([block_m], lowest, dtype=torch.float32)
         l_i = hl.zeros([block_m], dtype=torch.float32)
         l_exact = hl.zeros([block_m], dtype=torch.float32)
+        l_tile, exact_tile = hl.zeros([block_m], dtype=torch.float32), hl.zeros([block_m], dtype=torch.float32)
         acc = hl.zeros([block_m, D], dtype=torch.float32)
         p = hl.zeros([block_m, block_n], dtype=torch.float32)
         # Made in the kernel: only such a descriptor is halved with its tile. Rows beyond M are not stored.
@@ -206,7 +207,10 @@ def _hopper_kernel(
             args=(q, q_rows, q_columns, stride_m, block_m, D, row, column),
             output_like=hl.zeros([block_m, D], dtype=q.dtype),
         )
-        for n in hl.grid(0, end, block_n):
+        # D > 128: shared memory has no place for a last tile of v behind the loop. An iteration more, of keys
+        # that no row sees, has that p v.
+        stop = end if D <= 128 else scalar("{0} + tl.minimum({0}, {1})", end, block_n)
+        for n in hl.grid(0, stop, block_n):
             # The previous tile; for the first one, which has none, itself, times the p of 0.
             back = scalar("tl.maximum({0} - {1}, 0)", n, block_n)
             p_tile = p.to(v.dtype)  # in front of q k^T, which then has its registers
@@ -230,19 +234,24 @@ def _hopper_kernel(
             acc = hl.dot(p_tile, v_tile, acc=acc)
             p = exp2(x)
             if online:
-                l_i = l_i * alpha + torch.sum(p, -1)
+                l_tile = torch.sum(p, -1)
+                l_i = l_i * alpha + l_tile
                 acc = acc * alpha[:, None]
             else:
                 # l_i has to sum what the tensor cores multiply: else a row of one key would not get
                 # exactly its v. To nearest: a cut would move all that cancels to one side.
                 if exact_lse:
-                    l_exact = l_exact + torch.sum(p, -1)
-                    l_i = l_i + torch.sum(round_to_bf16(p), -1)
-                else:
-                    p = round_to_bf16(p)
-                    l_i = l_i + torch.sum(p, -1)
+                    exact_tile = torch.sum(p, -1)
+                    l_exact = l_exact + exact_tile
+                rounded = round_to_bf16(p)
+                if not exact_lse or D > 128:
+                    p = rounded
+                l_tile = torch.sum(rounded, -1)
+                l_i = l_i + l_tile
         at = end - block_n
-        if not masked:
+        if not masked and D > 128:  # the iteration more had the last tile again
+            l_i, l_exact = l_i - l_tile, l_exact - exact_tile
+        elif not masked:
             at = scalar("tl.minimum({0} - {1}, {2} - {1})", end, block_n, N)
             keys = at + hl.arange(block_n)
             visible = (keys >= end - block_n)[None, :] & (keys[None, :] <= last[:, None])
@@ -257,20 +266,23 @@ def _hopper_kernel(
                 # What was masked here was in l_all, whose rounding is in `others`, unless there are none.
                 exact = (end <= block_n) | (l_i * 2**12 >= l_all)
             p = torch.where(visible, p, 0.0)
-        acc = hl.dot(p.to(v.dtype), v[b, hk, at + hl.arange(block_n), :], acc=acc)
+        if D <= 128:
+            acc = hl.dot(p.to(v.dtype), v[b, hk, at + hl.arange(block_n), :], acc=acc)
+        inverse = torch.where(last < 0, 0.0, 1 / l_i)  # rows that see nothing are 0
+        acc = acc * inverse[:, None]
         if online:
             lse_tile = (m_i + log2(l_i)) * ln2
         else:
-            top = torch.amax(torch.abs(acc), -1)  # NaN if one is NaN
+            # NaN if one is NaN. Of what depends on q k^T: of acc as the loop leaves it Triton takes no maximum.
+            top = torch.amax(torch.abs(acc), -1)
             fits = (l_i >= last + 1) & (l_i < float("inf")) & (top < float("inf"))
-            if not masked:
+            if not masked and D <= 128:
                 fits = fits & exact
             lse_tile = torch.where(fits, (log2(l_exact if exact_lse else l_i) - offset) * ln2, float("nan"))
-        inverse = torch.where(last < 0, 0.0, 1 / l_i)  # rows that see nothing are 0
         lse_tile = torch.where(last < 0, float("-inf"), lse_tile)
         stored = (rows < M) & (live > 0)
         hl.store(lse, [b, h, rows], lse_tile, extra_mask=stored)
-        out_tile = (acc * inverse[:, None]).to(out.dtype)
+        out_tile = acc.to(out.dtype)
         columns = hl.arange(D) < scalar("{0} // 8 * 8", width)  # so Triton sees whole vectors
         b, h = b.to(torch.int64), h.to(torch.int64)
         hl.store(out, [b, h, rows[:, None], hl.arange(D)[None, :]], out_tile,
@@ -674,8 +686,10 @@ def _check(q, k, v, is_causal, scale, enable_gqa, config):
         raise ValueError(
             "config is the report's, and its kernel is dense, with as many k as q heads and head dims of 2^n"
         )
-    if isinstance(config, configs.Plan) and config.kernel == "hopper" and (q.dtype == torch.float32 or D > 128):
-        raise ValueError(f"config takes 16-bit floats and head dims up to 128, got {q.dtype} and {D}")
+    if isinstance(config, configs.Plan) and config.kernel == "hopper":
+        most = 256 if config.block_n <= 64 else 128
+        if q.dtype == torch.float32 or D > most:
+            raise ValueError(f"config takes 16-bit floats and head dims up to {most}, got {q.dtype} and {D}")
     if isinstance(config, configs.Plan) and config.kernel == "blackwell" and q.is_cuda:
         capability = torch.cuda.get_device_capability(q.device)
         if capability[0] != 10:
@@ -853,8 +867,9 @@ def _plan(q, k, v, is_causal, scale, config, exact_lse):
     tiles = B * H * triton.cdiv(M, plan.block_m)
     # hopper_kernel's `quotient` and its int32; and a masked score times its scale has to be -inf.
     large = tiles >= 2**19 or max(q.stride()) >= 2**31 or M * like.stride(2) >= 2**31
+    other = configs.HOPPER_GENERAL if D <= 128 else configs.HOPPER_GENERAL_256
     if plan.kernel == "hopper" and (large or D < 16 or scale < 2.0**-100):
-        plan = configs.HOPPER_GENERAL
+        plan = other
     numbers = scale * LOG2E, D, diagonal
     constants = plan.block_m, plan.block_n, plan.block_m
     fix = lambda *tensors: tensors
@@ -877,9 +892,8 @@ def _plan(q, k, v, is_causal, scale, config, exact_lse):
         # The last tile holds the end of the keys, and the diagonal where that is a multiple of the tile. A
         # running maximum must not see what a row does not see.
         masked = N < plan.block_n if diagonal == N else diagonal % plan.block_n > 0 or plan.block_n < plan.block_m
-        masked |= online and diagonal < N
+        masked |= online and diagonal < N or D > 128 and (diagonal < N or N % plan.block_n > 0)
         if not online:
-            other = configs.HOPPER_GENERAL
             redo = _prepare(general, other, numbers, (other.block_m, other.block_n, REDO_ROWS))
         programs = helion.runtime.get_num_sm(q.device)
         numbers = *numbers, programs, int(diagonal < N and tiles > programs)
