@@ -451,7 +451,7 @@ def main():
         return plot(args.plot[0], args.records)
     if args.autotune:
         return autotune([*args.tables][0], args.autotune, args)
-    installed = {package.name for package in importlib.metadata.distributions()}
+    installed = {package.name.replace("_", "-") for package in importlib.metadata.distributions()}
     found = {name: importlib.metadata.version(name) for name in PACKAGES if name in installed}  # the first on the path
     found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     now = datetime.datetime.now().isoformat(timespec="seconds")

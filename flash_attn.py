@@ -540,6 +540,7 @@ _TAKES = {
 
 CALLS = 1024  # how many prepared calls are kept
 KEPT = 2**30  # bytes of ds that the gradient keeps at a time
+L2 = 2**25  # bytes of it that may hold what is read again; an H100 has 50 MB
 _lock = threading.RLock()
 _compiled = {}  # {(kernel, plan, constants, dtype, head dim, device, aligned): Triton's kernel}
 _calls = {}  # {all that a call depends on but its data: function of q, k, v}
@@ -890,9 +891,9 @@ def _plan(q, k, v, is_causal, scale, config, exact_lse):
             ]
         online = q.dtype == torch.float16
         # The last tile holds the end of the keys, and the diagonal where that is a multiple of the tile. A
-        # running maximum must not see what a row does not see.
+        # running maximum must not see what a row does not see. D > 128 has no code for a ragged last tile.
         masked = N < plan.block_n if diagonal == N else diagonal % plan.block_n > 0 or plan.block_n < plan.block_m
-        masked |= online and diagonal < N or D > 128 and (diagonal < N or N % plan.block_n > 0)
+        masked |= online and diagonal < N or D > 128 and N % plan.block_n > 0
         if not online:
             redo = _prepare(general, other, numbers, (other.block_m, other.block_n, REDO_ROWS))
         programs = helion.runtime.get_num_sm(q.device)
@@ -957,11 +958,13 @@ def _eager(q, k, v, is_causal, scale, enable_gqa, config, exact_lse):
     return _kept(known, key, lambda: _plan(q, k, v, is_causal, scale, config, exact_lse), config, q, k, v)
 
 
-def _parts(heads, group, M, N, size):
+def _parts(heads, group, M, N, D, size):
     """How the heads of keys and the queries are divided, so that ds takes about KEPT bytes: heads and queries
-    at a time. All queries, or as many heads as have 256 tiles of keys together: two for each SM."""
+    at a time. So many heads as have q and do in L2 together, where each tile of keys reads them again, all
+    queries of them; but as many as have 256 tiles of keys, two for each SM."""
     a_query = group * N * size
-    some = min(heads, max(1, KEPT // (a_query * M), min(triton.cdiv(2**15, N), KEPT // (a_query * 128))))
+    whole = min(KEPT // (a_query * M), L2 // (2 * group * M * D * size))
+    some = min(heads, max(1, whole, min(triton.cdiv(2**15, N), KEPT // (a_query * 128))))
     some = triton.cdiv(heads, triton.cdiv(heads, some))
     return some, min(M, max(128, KEPT // (a_query * some) // 128 * 128))
 
@@ -973,7 +976,7 @@ def _plan_gradients(q, k, v, out, do, with_dlse, is_causal, scale, of_q, of_kv):
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
     plan, plan_q = configs.best_gradient(capability, D, q.dtype)
     padded_m, padded_n = (triton.cdiv(x, 128) * 128 for x in (M, N))
-    heads, rows = _parts(B * Hk, H // Hk, padded_m, padded_n, q.element_size())
+    heads, rows = _parts(B * Hk, H // Hk, padded_m, padded_n, D, q.element_size())
     wide = _is_wide(q, k, v, out, do) or 16 * B * H * M >= 2**31 or heads * (H // Hk) * padded_n * rows >= 2**31
     if plan.kernel == "hopper_dkdv" and (wide or not of_kv):  # for ds alone Triton does not specialise
         plan, plan_q = configs.GRADIENT_HOPPER[max(16, triton.next_power_of_2(D))]
