@@ -152,8 +152,8 @@ def _hopper_kernel(
     q, out: [B, H, M, width]; k, v: [B, Hk, N, width]. They are bound as [.., D], with the power of two
     from width on, to which TMA fills up with zeros. lse: [B, H, M], float32, natural logarithm.
     qk_scale: scale * log2(e) > 0. diagonal: row i sees keys up to i + diagonal.
-    masked: more than the last tile of keys has some that a row must not see. In the last tile they are
-    masked after the loop, where its p is multiplied.
+    masked: more than the last tile of keys has some that a row must not see, or, where D > 128, any. Otherwise
+    they are masked after the loop, where the p of the last tile is multiplied.
     """
     ln2, lowest = 0.6931471805599453, -3e38  # lowest is finite: -inf - -inf would be NaN
     offset = 40.0
@@ -262,7 +262,8 @@ def _hopper_kernel(
                 others = torch.where(end > block_n, l_i - torch.sum(rounded, -1), 0.0)
                 l_all, l_i = l_i, others + torch.sum(torch.where(visible, rounded, 0.0), -1)
                 if exact_lse:
-                    l_exact = torch.where(end > block_n, l_exact - torch.sum(p, -1), 0.0) + torch.sum(torch.where(visible, p, 0.0), -1)
+                    others = torch.where(end > block_n, l_exact - torch.sum(p, -1), 0.0)
+                    l_exact = others + torch.sum(torch.where(visible, p, 0.0), -1)
                 # What was masked here was in l_all, whose rounding is in `others`, unless there are none.
                 exact = (end <= block_n) | (l_i * 2**12 >= l_all)
             p = torch.where(visible, p, 0.0)
