@@ -152,8 +152,7 @@ def agree(found, expected):
 
 
 def take_turns(calls):
-    """{name: ms of each round}. A GPU at its power limit is faster after a call that took little: nobody has
-    the same one before him in every round."""
+    """{name: ms of each round}. In random order: a GPU at its power limit is faster after a call that took little."""
     order, times = random.Random(0), {name: [] for name in calls}
     for _ in range(ROUNDS):
         for name in order.sample(list(calls), len(calls)):
@@ -295,7 +294,7 @@ def autotune(name, shape, args):
     else:
         tiles, warps = itertools.product((64, 128), (32, 64, 128)), (4, 8)
         if start.kernel == "hopper":  # which has 64 rows for each of two warpgroups, and a third one that loads
-            tiles, warps = ((128, 64), (128, 128)), (4,)
+            tiles, warps = ((128, 64), (128, 128))[: 1 if shape[3] > 128 else 2], (4,)
         near = list(itertools.product(tiles, warps, (2, 3, 4)))
         rounds = {}
         for i, ((m, n), warps, stages) in enumerate(near):
@@ -362,12 +361,11 @@ def cpu_table(name, shapes, args, rows):
     B, H, S, D = shapes[0]
     config, small = config_of(name, shapes[0], args), (1, 2, min(S, 256), D)
     kernel = getattr(config, "kernel", "the report's")
-    sms, group = {"blackwell": [100], "hopper": [90]}.get(kernel, [90, 100]), []
-    if kernel == "blackwell":
-        group = [args.causal, H // (args.kv_heads or H)]
+    sms = {"blackwell": [100], "hopper": [90]}.get(kernel, [90, 100])
+    case = [args.causal, H // (args.kv_heads or H), S] if kernel != "the report's" else []
     say(f"{name}: compiling for sm_{' and sm_'.join(map(str, sms))}")
-    codes = check.compile_in_child([(config, sm, D, args.dtype, *group) for sm in sms])
-    print(f"\nMachine code for D = {D}, {args.dtype}, from a compiler that needs no GPU:")
+    codes = check.compile_in_child([(config, sm, D, args.dtype, *case) for sm in sms])
+    print(f"\nMachine code for D = {D}, {args.dtype}, {kind(args)}, from a compiler that needs no GPU:")
     table("Target", "Threads", "Registers", "Spilled (bytes)", "Shared memory (bytes)", "CTAs per SM", "Tensor cores")
     for sm, code in zip(sms, codes):
         found = (code.get(x, "") for x in ("threads", "registers", "spilled", "shared", "ctas", "instruction"))

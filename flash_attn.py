@@ -894,7 +894,7 @@ def _plan(q, k, v, is_causal, scale, config, exact_lse):
         # The last tile holds the end of the keys, and the diagonal where that is a multiple of the tile. A
         # running maximum must not see what a row does not see. D > 128 has no code for a ragged last tile.
         masked = N < plan.block_n if diagonal == N else diagonal % plan.block_n > 0 or plan.block_n < plan.block_m
-        masked |= online and diagonal < N or D > 128 and N % plan.block_n > 0
+        masked |= online and diagonal < N or D > 128 and (diagonal < N or N % plan.block_n > 0)
         if not online:
             redo = _prepare(general, other, numbers, (other.block_m, other.block_n, REDO_ROWS))
         programs = helion.runtime.get_num_sm(q.device)
@@ -1160,7 +1160,8 @@ def flash_attention(q, k, v, *, is_causal=False, scale=None, enable_gqa=False, r
     the natural logarithm of each row's sum of exp(q k^T * scale), -inf for a row that sees nothing. out is
     the same, bit for bit.
     Differentiable once, with respect to q, k, v, out and lse, and the same bits at every run. The gradient takes
-    about 1 GB for a while: less where all scores take less, more where 128 queries of a group of heads do.
+    about 1 GB for a while: less where all scores take less; where one head's take more, 16 bytes more for each
+    element of k and v, and as much as the scores of 128 queries of a group of heads.
     Tensors are read where they are, heads of k and v that are one head expanded, too. Only what TMA
     cannot read, rows that are not contiguous or do not start at multiples of 16 bytes, and a batch that
     is expanded, is copied, for hopper_kernel; and q in [B, S, H, D], where D is no power of two.
