@@ -9,8 +9,8 @@
 
 Markdown goes to stdout, progress to stderr. Every result is compared with SDPA's before its time is
 believed. Times are medians of triton.testing.do_bench (L2 flushed before each call); the competitors take
-turns over several rounds, in random order, so that clock drift hits all alike. The smallest and the largest speedup of a
-round stand in brackets: read a difference as real only where both are on the same side of 1.
+turns over several rounds, in random order, so that clock drift hits all alike. The smallest and the largest
+speedup of a round stand in brackets: read a difference as real only where both are on the same side of 1.
 Without a GPU the tables show what can be known without one.
 """
 import argparse

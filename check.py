@@ -982,14 +982,13 @@ def gradient_of(config):
 
 def gradients(config, kind, dtype):
     """Unequal and ragged lengths, groups of heads, padded head dims, [B, S, H, D], a given scale, lse."""
-    options = dict(is_causal=CAUSAL[kind], config=NAMED[config])
+    is_causal = CAUSAL[kind]
     with gradient_of(config), mock.patch.object(flash_attn, "KEPT", flash_attn.KEPT if kind == "dense" else 1):
         for H, heads, M, N, dim in ((2, 2, 128, 256, D), (4, 2, 150, 300, D), (4, 1, 129, 200, 72), (10, 5, 200, 140, 16),
                                     (2, 2, 1, 200, D), (1, 1, 200, 209, 128), (1, 1, 200, 209, 256)):  # fmt: skip
             if dim > 128 and kind == "lower_right":
                 continue  # as upper_left, and slow
-            if dim > 128 and config == "hopper":
-                options["config"] = configs.HOPPER_256
+            options = dict(is_causal=is_causal, config=NAMED[config if dim <= 128 or config != "hopper" else "hopper_256"])
             qkv = [bshd(x) for x in make((1, H, M, dim), dtype, N, heads)]
             line = compare_gradients(qkv, options, with_lse=M not in (1, 128), scale={1: -0.3, 128: 0.3}.get(M))
     return line
@@ -1289,7 +1288,7 @@ def hopper_variants(head_dim):
     """hopper_kernel is specialised, 12 warps, also where lse is exact, and so is the gradient's first kernel, but
     for D = 256."""
     line = compiles([(None, 90, head_dim, *case) for case in VARIANTS["hopper"]], threads=384)
-    compiles([(configs.HOPPER_GENERAL if head_dim < 256 else configs.HOPPER_GENERAL_256, 90, head_dim)])
+    compiles([(configs.hopper(head_dim)[1], 90, head_dim)])
     jobs, widest = [("gradient", 90, head_dim, *case) for case in VARIANTS["gradient"]], 384 if head_dim < 256 else 256
     for job, code in zip(jobs, compile_in_child(jobs)):
         assert code.get("threads") == 384 and max(x["threads"] for x in code["then"]) == widest, (job, code)
@@ -1350,8 +1349,8 @@ def cases(draws):
         yield [(best_config, (sm,))]
     for dim in (64, 128, 256):
         yield [(hopper_variants, (dim,))]
-        if dim < 256:
-            yield [(blackwell_compiles, (dim,))]
+    for dim in (64, 128):
+        yield [(blackwell_compiles, (dim,))]
     for sm in (90, 100):
         yield [(report_config, (sm,))]
     yield [(training, ("eager",))]
@@ -1380,8 +1379,8 @@ def cases(draws):
     for dtype in ("bfloat16", "float16"):
         yield [(attention, ("hopper_256", kind, dtype)) for kind in ("lengths", "upper_left", "lower_right")]
         yield [(padded_head_dims, ("hopper_256", dtype)), (unseen, ("hopper_256", dtype))]
-    yield [(hard_rows, ("hopper_256", kind, "bfloat16")) for kind in ("shifts_in_one_head", "large_values", "lower_level")]
-    yield [(hard_rows, ("hopper_256", "many_keys", "bfloat16"))]
+    of_256 = ("shifts_in_one_head", "large_values", "lower_level", "many_keys")
+    yield [(hard_rows, ("hopper_256", kind, "bfloat16")) for kind in of_256]
     yield [(special_values, ("tile128",)), (hard_rows, ("tile128", "mixed", "bfloat16"))]
     for name in plans:
         yield [(special_values, (name,)), (another_call, (name,)), (split_keys, (name,)), (saved_lse, (name,))]

@@ -76,11 +76,11 @@ class Plan:
 # others `best` does not name HOPPER: run `check.py -k hopper` before you do.
 SPECIALISED = triton.__version__.startswith(("3.6.", "3.7."))
 
-# Hopper, bf16 and fp16, D up to 128. The memory operations are [load v,
-# k, the last v; store lse, out]. Warp specialisation: one warpgroup loads, two compute 64 rows each.
-# maxnreg is what each of 12 warps can have; Triton then moves registers from the loading ones to the
-# others. One program per SM, which requests what the next tile needs while it computes this one. Two
-# stages of K and V and one of q and of the last V fill shared memory. Descriptors for TMA of K and V
+# Hopper, bf16 and fp16, D up to 128. The memory operations are [load v, k, the last v; store lse, out].
+# Warp specialisation: one warpgroup loads, two compute 64 rows each. maxnreg is what each of 12 warps can
+# have; Triton then moves registers from the loading ones to the others. One program per SM, which requests
+# what the next tile needs while it computes this one. Two stages of K and V and one of q and of the last V
+# fill shared memory. Descriptors for TMA of K and V
 # are made on the host, where they cost the GPU nothing.
 HOPPER = Plan("hopper", 128, 128, helion.Config(
     host_tensor_descriptors=True,
@@ -125,6 +125,11 @@ FLOAT32 = {d: _general(64, 32, 4, 2) for d in (16, 32, 64)}
 FLOAT32 |= {128: _general(32, 16, 4, 2), 256: _general(16, 16, 8, 1)}
 
 
+def hopper(head_dim):
+    """hopper_kernel's Plan for a head dim up to 256, and general_kernel's for what that leaves to do."""
+    return (HOPPER, HOPPER_GENERAL) if head_dim <= 128 else (HOPPER_256, HOPPER_GENERAL_256)
+
+
 def best(capability, head_dim, dtype, length):
     """The Plan to run when the caller names none.
 
@@ -135,8 +140,8 @@ def best(capability, head_dim, dtype, length):
     if dtype == torch.float32:
         return FLOAT32[head_dim]
     if capability == (9, 0):
-        hopper, general = (HOPPER_256, HOPPER_GENERAL_256) if head_dim == 256 else (HOPPER, HOPPER_GENERAL)
-        return hopper if length > 128 and SPECIALISED else general
+        specialised, general = hopper(head_dim)
+        return specialised if length > 128 and SPECIALISED else general
     if capability is not None and capability[0] == 10:
         return BLACKWELL[head_dim]
     return AMPERE[head_dim]

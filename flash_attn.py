@@ -244,7 +244,7 @@ def _hopper_kernel(
                     exact_tile = torch.sum(p, -1)
                     l_exact = l_exact + exact_tile
                 rounded = round_to_bf16(p)
-                if not exact_lse or D > 128:
+                if not exact_lse or D > 128:  # otherwise the exact p of the last tile is for behind the loop
                     p = rounded
                 l_tile = torch.sum(rounded, -1)
                 l_i = l_i + l_tile
@@ -869,7 +869,7 @@ def _plan(q, k, v, is_causal, scale, config, exact_lse):
     tiles = B * H * triton.cdiv(M, plan.block_m)
     # hopper_kernel's `quotient` and its int32; and a masked score times its scale has to be -inf.
     large = tiles >= 2**19 or max(q.stride()) >= 2**31 or M * like.stride(2) >= 2**31
-    other = configs.HOPPER_GENERAL if D <= 128 else configs.HOPPER_GENERAL_256
+    _, other = configs.hopper(D)
     if plan.kernel == "hopper" and (large or D < 16 or scale < 2.0**-100):
         plan = other
     numbers = scale * LOG2E, D, diagonal
