@@ -14,6 +14,7 @@ speedup of a round stand in brackets: read a difference as real only where both 
 Without a GPU the tables show what can be known without one.
 """
 import argparse
+import dataclasses
 import datetime
 import functools
 import importlib.metadata
@@ -83,7 +84,8 @@ def config_of(name, shape, args):
     if name == "blackwell":
         return configs.BLACKWELL_CUTE
     capability = torch.cuda.get_device_capability() if check.GPU and name == "default" else (9, 0)
-    return configs.best(capability, shape[3], check.DTYPES[args.dtype], shape[2])
+    B, H, S, D = shape
+    return configs.best(capability, D, check.DTYPES[args.dtype], B * H, S, S)
 
 
 def ours(config):
@@ -292,17 +294,14 @@ def autotune(name, shape, args):
         attention_kernel.settings.autotune_seed_configs = start
         tuned = attention_kernel.bind(arguments).autotune(arguments)
     else:
-        tiles, warps = itertools.product((64, 128), (32, 64, 128)), (4, 8)
-        if start.kernel == "hopper":  # which has 64 rows for each of two warpgroups, and a third one that loads
-            tiles, warps = ((128, 64), (128, 128))[: 1 if shape[3] > 128 else 2], (4,)
-        near = list(itertools.product(tiles, warps, (2, 3, 4)))
-        rounds = {}
-        for i, ((m, n), warps, stages) in enumerate(near):
+        near = itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4))
+        if start.kernel == "hopper":  # a warpgroup for each half of the rows, a third one that loads, and two stages
+            near = itertools.product((128, 256), (64, 128), (4,), (2,))
+        near, rounds = list(near), {}
+        for i, (m, n, warps, stages) in enumerate(near):
             say(f"{m} queries x {n} keys, {warps} warps, {stages} stages: some 10 seconds, then {len(near) - 1 - i} more")
-            change = {"num_warps": warps, "num_stages": stages}
-            if start.kernel == "hopper":
-                change["range_num_stages"] = [1, stages]
-            plan = configs.Plan(start.kernel, m, n, helion.Config(**{**start.config.config, **change}))
+            config = helion.Config(**{**start.config.config, "num_warps": warps, "num_stages": stages})
+            plan = dataclasses.replace(start, block_m=m, block_n=n, config=config)
             rounds |= measure({plan: ours(plan)}, shape, args)
         tuned = min(rounds, key=lambda plan: statistics.median(rounds[plan]), default=start)
     functions = {"tuned": ours(tuned), f"{name}, its start": ours(start), "PyTorch": F.scaled_dot_product_attention}

@@ -10,6 +10,7 @@ masks and program order, in Triton's interpreter, and compiles it for GPUs that 
 import argparse
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
@@ -48,8 +49,8 @@ DEVICE = "cuda" if GPU else "cpu"
 HEAD_DIMS = (16, 32, 64, 128, 256)  # what is compiled; others are filled up
 D = 128 if GPU else 64  # head dim of most cases; the interpreter is slow
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in flash_attn.DTYPES}
-NAMED = {**configs.CONFIGS, "hopper": configs.HOPPER, "hopper_256": configs.HOPPER_256, "general": configs.HOPPER_GENERAL,
-         "blackwell": configs.BLACKWELL_CUTE, "default": None}  # fmt: skip
+NAMED = {**configs.CONFIGS, "hopper": configs.HOPPER, "hopper_64": configs.HOPPER_64, "hopper_256": configs.HOPPER_256,
+         "general": configs.HOPPER_GENERAL, "blackwell": configs.BLACKWELL_CUTE, "default": None}  # fmt: skip
 CAUSAL = {"dense": False, "upper_left": True, "lower_right": CausalVariant.LOWER_RIGHT}
 SPAWN = multiprocessing.get_context("spawn")
 raises = unittest.TestCase().assertRaisesRegex
@@ -312,7 +313,7 @@ def cute_code(sm, kernel, grid, args, options):
 
 def invalidated(ptx):
     """Whether `fresh` of flash_attn.py does what it says: the mbarriers in the first 16 bytes of shared memory are
-    made invalid, and nothing else is done with them."""
+    made invalid, nothing else is done with them, and no others are under the first tile."""
     if not all(f"mbarrier.inval.shared::cta.b64 [global_smem{at}];" in ptx for at in ("", "+8")):
         return False
     sums = {m[1]: (m[2], m[3]) for m in re.finditer(r"add\.s32\s+(%r\d+), (%r\d+), (%?\w+);", ptx)}
@@ -325,8 +326,10 @@ def invalidated(ptx):
             return first_16(x) if not y.isdigit() or int(y) < 16 else False
         return x in begin and (not y.isdigit() or int(y) < 16)
 
+    under = {"0", "8"} ^ {y for x, y in (sums.get(register, (register, "0")) for register in re.findall(
+        r"mbarrier\.init[\w.:]+\s+\[(%r\d+)\]", ptx)) if x in begin and y.isdigit() and int(y) < 1024}  # a tile has as much
     used = re.findall(r"mbarrier\.(?!init|inval)[\w.:]+\s+[^;]*\[(%r\d+)\]", ptx)
-    return len(used) > 0 and not any(map(first_16, used))
+    return len(used) > 0 and not under and not any(map(first_16, used))
 
 
 def triton_code(sm, kernel, grid, args, options):
@@ -542,15 +545,16 @@ SHAPES = {
 
 def dim_of(config):
     """The head dim of its cases."""
-    return 256 if config == "hopper_256" else D
+    return {"hopper_64": 64, "hopper_256": 256}.get(config, D)
 
 
 def attention(config, kind, dtype):
     """Shapes of a kind, by a config. With and without lse, where that is another kernel."""
-    dim, is_causal, config = dim_of(config), CAUSAL.get(kind, False), NAMED[config]
-    options, shapes = dict(is_causal=is_causal, config=config), SHAPES[kind]
-    if dim == 256:  # every second one, since they are larger
-        shapes = [((*shape[:3], dim), keys, heads) for shape, keys, heads in shapes[::2]]
+    is_causal, shapes = CAUSAL.get(kind, False), SHAPES[kind]
+    if config.startswith("hopper_"):  # every second one: they are what hopper's are, and larger
+        shapes = [((*shape[:3], dim_of(config)), keys, heads) for shape, keys, heads in shapes[::2]]
+    config = NAMED[config]
+    options = dict(is_causal=is_causal, config=config)
     for shape, keys, heads in shapes:
         q, k, v = make(shape, dtype, keys, heads)
         attend = functools.partial(flash_attention, q, k, v, enable_gqa=heads < shape[1], **options)
@@ -575,7 +579,8 @@ def attention(config, kind, dtype):
 def padded_head_dims(config, dtype):
     """Multiples of 8 that are no power of two: what fills them up must be 0, and the next head stays out."""
     for dim in (8, 24, 72, 80, 96, 112, 192, 200) if GPU else (8, 24, 80, 200):
-        if config in ("hopper", "general") and dim > 128 or config == "hopper_256" and dim <= 128:
+        most = 128 if config == "general" else getattr(NAMED[config], "head_dim", 256)
+        if dim > most or config == "hopper_256" and dim <= 128:
             continue  # what their tiles are not for
         q, k, v = (x.transpose(1, 2) for x in make((1, 150, 2, dim), dtype))  # [B, S, H, D] in memory
         q[0, 1], k[0, 1], v[0, 1] = math.nan, math.inf, math.nan  # TMA must not fill up the other head with these
@@ -627,7 +632,7 @@ def another_call(config):
     forget()
     compare(flash_attention(x, x, x, config=config), x, x, x)  # then three tensors, not one
     q = make((1, 2, 144, D), seed=1)[0]
-    plan = config or configs.best(torch.cuda.get_device_capability() if GPU else None, D, q.dtype, 144)
+    plan = config or configs.best(torch.cuda.get_device_capability() if GPU else None, D, q.dtype, 2, 144, 144)
     apart = lambda x: torch.cat([x, x], 2)[:, :, :144]
     odd = lambda x: x.new_empty(x.numel() + 1)[1:].view_as(x).copy_(x)
     compare(flash_attention(q, k, v, config=config), q, k, v)
@@ -685,6 +690,7 @@ def special_values(config):
 def bad_input():
     """Each of these must be refused, by its name, before anything is compiled."""
     q, k, v = make((2, 2, 16, 64))
+    three_stages = helion.Config(**{**configs.HOPPER.config.config, "range_num_stages": [1, 3]})
     lists = {
         TypeError: [
             ("k", (q, k.half(), v), {}), ("q", (q.double(), k.double(), v.double()), {}), ("v", (q, k, [1.0]), {}),
@@ -694,6 +700,7 @@ def bad_input():
             ("v", (q, k, v[:, :, :8]), {}), ("q", (q[..., :44], k[..., :44], v[..., :44]), {}),
             ("k", (q, k.to("meta"), v), {}), ("k", (q, k[:, :1], v[:, :1]), {}), ("scale", (q, k, v), {"scale": math.nan}),
             ("config", (q.float(), k.float(), v.float()), {"config": configs.HOPPER}),
+            ("config", (q, k, v), {"config": dataclasses.replace(configs.HOPPER, config=three_stages)}),
             ("config", (q.clone().requires_grad_(), k, v), {"config": configs.TILE128}),
             ("config", (q, k, v), {"return_lse": True, "config": configs.TILE128}),
             ("q must be on a CUDA device", (q.cpu(), k.cpu(), v.cpu()), {})],
@@ -720,7 +727,7 @@ def same_bits(config, runs=200):
     of_plans += [(flash_attention, options) for options in (dict(is_causal=True), dict(is_causal=True, return_lse=True))]
     for attend, options in [(flash_attention, {}), *([] if report else of_plans)]:
         for shape in ((4, 32, 1024, 128), (2, 16, 1001, 128 if report else 64), (2, 8, 8192, 128)):
-            shape = (*shape[:3], 256) if config == "hopper_256" else shape
+            shape = (*shape[:3], dim_of(config)) if config.startswith("hopper_") else shape
             qkv = make(shape)
             first = attend(*qkv, config=NAMED[config], **options)
             for _ in range(runs):
@@ -1288,7 +1295,7 @@ def hopper_variants(head_dim):
     """hopper_kernel is specialised, 12 warps, also where lse is exact, and so is the gradient's first kernel, but
     for D = 256."""
     line = compiles([(None, 90, head_dim, *case) for case in VARIANTS["hopper"]], threads=384)
-    compiles([(configs.hopper(head_dim)[1], 90, head_dim)])
+    compiles([(configs.hopper(head_dim, 1, 1)[1], 90, head_dim)])
     jobs, widest = [("gradient", 90, head_dim, *case) for case in VARIANTS["gradient"]], 384 if head_dim < 256 else 256
     for job, code in zip(jobs, compile_in_child(jobs)):
         assert code.get("threads") == 384 and max(x["threads"] for x in code["then"]) == widest, (job, code)
@@ -1376,11 +1383,12 @@ def cases(draws):
                 yield [(attention, (name, kind, dtype)) for kind in ("upper_left", "lower_right")]
                 yield [(padded_head_dims, (name, dtype)), (unseen, (name, dtype))]
         yield [(attention, (name, "lengths", "bfloat16")), (layouts, (name,))]
-    for dtype in ("bfloat16", "float16"):
-        yield [(attention, ("hopper_256", kind, dtype)) for kind in ("lengths", "upper_left", "lower_right")]
-        yield [(padded_head_dims, ("hopper_256", dtype)), (unseen, ("hopper_256", dtype))]
-    of_256 = ("shifts_in_one_head", "large_values", "lower_level", "many_keys")
-    yield [(hard_rows, ("hopper_256", kind, "bfloat16")) for kind in of_256]
+    for name in ("hopper_64", "hopper_256"):
+        for dtype in ("bfloat16", "float16"):
+            yield [(attention, (name, kind, dtype)) for kind in ("lengths", "upper_left", "lower_right")]
+            yield [(padded_head_dims, (name, dtype)), (unseen, (name, dtype))]
+        some = ("shifts_in_one_head", "large_values", "lower_level", "many_keys")
+        yield [(hard_rows, (name, kind, "bfloat16")) for kind in some]
     yield [(special_values, ("tile128",)), (hard_rows, ("tile128", "mixed", "bfloat16"))]
     for name in plans:
         yield [(special_values, (name,)), (another_call, (name,)), (split_keys, (name,)), (saved_lse, (name,))]
@@ -1395,7 +1403,7 @@ def cases(draws):
     yield [(readme_block, (i,)) for i in range(len(readme_blocks()))] + [(transformers_model, ())]
     if GPU:
         yield [(threads, ()), (capture, ())]
-        for name in (*configs.CONFIGS, *plans, "hopper_256"):
+        for name in (*configs.CONFIGS, *plans, "hopper_64", "hopper_256"):
             yield [(same_bits, (name,))]
         for name in plans:
             yield [(compiles_nothing, (name,))]

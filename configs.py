@@ -70,6 +70,7 @@ class Plan:
     block_m: int  # queries a tile
     block_n: int  # keys a tile
     config: helion.Config
+    head_dim: int = 256  # the largest that the tiles leave registers for
 
 
 # The Triton versions for which `fresh` of flash_attn.py knows what is in the way of the first tile. With
@@ -80,18 +81,20 @@ SPECIALISED = triton.__version__.startswith(("3.6.", "3.7."))
 # Warp specialisation: one warpgroup loads, two compute 64 rows each. maxnreg is what each of 12 warps can
 # have; Triton then moves registers from the loading ones to the others. One program per SM, which requests
 # what the next tile needs while it computes this one. Two stages of K and V and one of q and of the last V
-# fill shared memory. Descriptors for TMA of K and V
-# are made on the host, where they cost the GPU nothing.
+# fill shared memory. Descriptors for TMA of K and V are made on the host, where they cost the GPU nothing.
 HOPPER = Plan("hopper", 128, 128, helion.Config(
     host_tensor_descriptors=True,
     indexing=["tensor_descriptor"] * 3 + ["pointer"] * 2,
     maxnreg=168,
-    num_stages=2,  # Triton 3.7 does not specialise with fewer
+    num_stages=2,  # Triton 3.7 does not specialise with fewer, `fresh` does not know the barriers of more
     num_warps=4,
     pid_type="persistent_interleaved",
     range_num_stages=[1, 2],
     range_warp_specializes=[None, True],
-))  # fmt: skip
+), head_dim=128)  # fmt: skip
+
+# D up to 64: twice the queries a tile, so that a key is read half as often.
+HOPPER_64 = Plan("hopper", 256, 64, HOPPER.config, head_dim=64)
 
 # D up to 256: half the keys a tile, and no place for a last V. 229,664 of 232,448 bytes of shared memory.
 HOPPER_256 = Plan("hopper", 128, 64, HOPPER.config)
@@ -125,23 +128,27 @@ FLOAT32 = {d: _general(64, 32, 4, 2) for d in (16, 32, 64)}
 FLOAT32 |= {128: _general(32, 16, 4, 2), 256: _general(16, 16, 8, 1)}
 
 
-def hopper(head_dim):
-    """hopper_kernel's Plan for a head dim up to 256, and general_kernel's for what that leaves to do."""
-    return (HOPPER, HOPPER_GENERAL) if head_dim <= 128 else (HOPPER_256, HOPPER_GENERAL_256)
+def hopper(head_dim, heads, M):
+    """hopper_kernel's Plan for a head dim up to 256, heads (B * H) of M queries, and general_kernel's for what
+    that leaves to do."""
+    if head_dim > 128:
+        return HOPPER_256, HOPPER_GENERAL_256
+    many = M >= 1024 and heads * M >= 2**15  # hardly any row of a last tile for nothing, and 128 tiles
+    return HOPPER_64 if head_dim <= 64 and many else HOPPER, HOPPER_GENERAL
 
 
-def best(capability, head_dim, dtype, length):
+def best(capability, head_dim, dtype, heads, M, N):
     """The Plan to run when the caller names none.
 
     capability: (major, minor) as torch.cuda.get_device_capability gives it, or None on a CPU.
-    head_dim: up to 256. dtype: the torch.dtype of q, k and v. length: how many keys.
+    head_dim: up to 256. dtype: the torch.dtype of q, k and v. heads: B * H. M, N: how many queries and keys.
     """
     head_dim = max(16, 1 << (head_dim - 1).bit_length())  # the kernels fill it up with zeros
     if dtype == torch.float32:
         return FLOAT32[head_dim]
     if capability == (9, 0):
-        specialised, general = hopper(head_dim)
-        return specialised if length > 128 and SPECIALISED else general
+        specialised, general = hopper(head_dim, heads, M)
+        return specialised if N > 128 and SPECIALISED else general
     if capability is not None and capability[0] == 10:
         return BLACKWELL[head_dim]
     return AMPERE[head_dim]
@@ -156,8 +163,8 @@ def _gradient(dkdv, dq):
 # By machine code, too. float32 with D = 256 spills, whatever its tiles.
 GRADIENT = {d: _gradient((64, 64, 4, 2), (128, 64, 8, 2)) for d in (16, 32, 64)}
 GRADIENT |= {128: _gradient((64, 64, 8, 2), (128, 64, 8, 2)), 256: _gradient((32, 32, 8, 2), (64, 64, 8, 2))}
-GRADIENT_HOPPER = {d: _gradient((64, 128, 8, 2), (128, 64, 8, 4)) for d in (16, 32, 64)}
-GRADIENT_HOPPER |= {128: _gradient((64, 128, 8, 2), (128, 64, 8, 4)), 256: _gradient((64, 64, 8, 2), (128, 64, 8, 3))}
+GRADIENT_HOPPER = {d: _gradient((64, 128, 8, 2), (128, 64, 8, 3)) for d in (16, 32, 64, 128)}
+GRADIENT_HOPPER |= {256: _gradient((64, 64, 8, 2), (128, 64, 8, 3))}
 GRADIENT_FLOAT32 = {d: _gradient((32, 32, 4, 1), (32, 32, 4, 1)) for d in (16, 32, 64)}
 GRADIENT_FLOAT32 |= {128: _gradient((32, 16, 8, 1), (32, 32, 8, 1)), 256: _gradient((16, 16, 8, 1), (32, 32, 8, 1))}
 

@@ -485,6 +485,7 @@ def _dkdv_kernel(
 def _dq_kernel(
     dq: torch.Tensor, k: torch.Tensor, ds: torch.Tensor, scale: float, width: int, diagonal: int,
     begin: int, heads: int, m_begin: int, m_end: int, block_m: hl.constexpr, block_n: hl.constexpr,
+    masked: hl.constexpr,
 ) -> torch.Tensor:  # fmt: skip
     """dq of a tile of queries, from what dkdv_kernel kept. Arguments as there; its heads are heads of q."""
     B, H, M, D = dq.size()
@@ -493,12 +494,17 @@ def _dq_kernel(
     group = H // Hk
     blocks = ((m_end - m_begin) * 128 + block_m - 1) // block_m
     for w in hl.grid(heads * blocks):
-        back = scalar("{0} // {1}", w, heads)
-        local = scalar("{0} - {1} * {2}", w, back, heads)
+        if masked:  # first the queries that see most keys, of all heads
+            back = scalar("{0} // {1}", w, heads)
+            local = scalar("{0} - {1} * {2}", w, back, heads)
+        else:  # first the head whose ds was written last, and may still be in L2
+            turn = scalar("{0} // {1}", w, blocks)
+            back = scalar("{0} - {1} * {2}", w, turn, blocks)
+            local = scalar("{0} - 1 - {1}", heads, turn)
         b = scalar("({0} + {1}) // {2}", begin, local, H)
         h = scalar("{0} + {1} - {2} * {3}", begin, local, b, H)
         hk = scalar("{0} // {1}", h, group)
-        at = scalar("({0} - 1 - {1}) * {2}", blocks, back, block_m)  # first the queries that see most keys
+        at = scalar("({0} - 1 - {1}) * {2}", blocks, back, block_m)
         rows, columns = at + hl.arange(block_m), hl.arange(D)
         end = scalar("tl.minimum({0}, tl.maximum(0, {1} * 128 + {2} + {3} + {4}))", N, m_begin, at, block_m, diagonal)
         acc = hl.zeros([block_m, D], dtype=torch.float32)
@@ -689,9 +695,10 @@ def _check(q, k, v, is_causal, scale, enable_gqa, config):
             "config is the report's, and its kernel is dense, with as many k as q heads and head dims of 2^n"
         )
     if isinstance(config, configs.Plan) and config.kernel == "hopper":
-        most = 256 if config.block_n <= 64 else 128
-        if q.dtype == torch.float32 or D > most:
-            raise ValueError(f"config takes 16-bit floats and head dims up to {most}, got {q.dtype} and {D}")
+        if q.dtype == torch.float32 or D > config.head_dim:
+            raise ValueError(f"config takes 16-bit floats and head dims up to {config.head_dim}, got {q.dtype} and {D}")
+        if max(config.config.num_stages, *config.config.range_num_stages) > 2:  # more barriers than `fresh` knows
+            raise ValueError("config must have at most 2 stages, for hopper_kernel")
     if isinstance(config, configs.Plan) and config.kernel == "blackwell" and q.is_cuda:
         capability = torch.cuda.get_device_capability(q.device)
         if capability[0] != 10:
@@ -864,12 +871,12 @@ def _plan(q, k, v, is_causal, scale, config, exact_lse):
             return _blackwell(q.is_cuda, is_causal is not False, config, True)
         config = None
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
-    plan = config or configs.best(capability, D, q.dtype, N)
+    plan = config or configs.best(capability, D, q.dtype, B * H, M, N)
     diagonal, like = _diagonal(is_causal, M, N), _out_like(q)
     tiles = B * H * triton.cdiv(M, plan.block_m)
     # hopper_kernel's `quotient` and its int32; and a masked score times its scale has to be -inf.
     large = tiles >= 2**19 or max(q.stride()) >= 2**31 or M * like.stride(2) >= 2**31
-    _, other = configs.hopper(D)
+    _, other = configs.hopper(D, B * H, M)
     if plan.kernel == "hopper" and (large or D < 16 or scale < 2.0**-100):
         plan = other
     numbers = scale * LOG2E, D, diagonal
@@ -998,7 +1005,7 @@ def _plan_gradients(q, k, v, out, do, with_dlse, is_causal, scale, of_q, of_kv):
             dkdv = _prepare(kernels[1], plan, numbers, constants)
             group = H // Hk
             numbers = scale, D, diagonal, begin * group, some * group, *m_range
-            run_dq = _prepare(kernels[2], plan_q, numbers, (plan_q.block_m, plan_q.block_n))
+            run_dq = _prepare(kernels[2], plan_q, numbers, (plan_q.block_m, plan_q.block_n, masked))
             parts.append((dkdv, run_dq, slice(begin, begin + some)))
     copied = [tma and not _readable_by_tma(x) for x in (q, k, v, do)]
 
@@ -1166,7 +1173,8 @@ def flash_attention(q, k, v, *, is_causal=False, scale=None, enable_gqa=False, r
     cannot read, rows that are not contiguous or do not start at multiples of 16 bytes, and a batch that
     is expanded, is copied, for hopper_kernel; and q in [B, S, H, D], where D is no power of two.
     The first call of a kind (head dim, dtype, masking, alignment, config) compiles, for seconds; batch,
-    heads, lengths and scale are run-time values. Inside CUDA graph capture a kind must not be new.
+    heads, lengths and scale are run-time values. On Hopper few keys, N <= 128, and, up to D = 64, few queries,
+    M < 1024 or B * H * M < 2^15, are kinds of their own. Inside CUDA graph capture a kind must not be new.
     Under torch.compile and torch.export it is one operator, config has to be None. Under autocast q, k
     and v are cast as SDPA's are.
     Raises TypeError or ValueError, before anything is compiled, on input outside of the above: the
