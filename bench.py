@@ -229,12 +229,13 @@ def best_of(r):
 
 
 def gpu_table(name, shapes, args, rows):
-    """The report's columns, then the best competitor; --all: and every other. --sweep: all in TFLOPS instead."""
+    """The report's columns, then the best competitor; --all: and every other. --sweep: TFLOPS and speedups instead."""
     others, both = list(competitors(args.all)), ("Helion", "PyTorch")
     number = lambda numbers, n, digits=4: f"{numbers[n]:.{digits}f}" if n in numbers else ""
     over = lambda r, n: speedup(r["rounds"], n) if n in r["rounds"] else ""
     if args.sweep:
-        columns = {f"{n} (TFLOPS)": lambda r, n=n: number(r["tflops"], n, 1) for n in ("Helion", *others)}
+        columns = {"Helion (TFLOPS)": lambda r: number(r["tflops"], "Helion", 1)}
+        columns |= {f"{n} (TFLOPS), speedup": lambda r, n=n: f"{number(r['tflops'], n, 1)} {over(r, n)}" for n in others}
     else:
         qkv = [x.requires_grad_(args.backward) for x in tensors((1, *shapes[0][1:]), args)]
         backend = SDPBackend(torch._fused_sdp_choice(*qkv, **options_of(shapes[0], args))).name
@@ -294,14 +295,15 @@ def autotune(name, shape, args):
         attention_kernel.settings.autotune_seed_configs = start
         tuned = attention_kernel.bind(arguments).autotune(arguments)
     else:
-        near = itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4))
-        if start.kernel == "hopper":  # a warpgroup for each half of the rows, a third one that loads, and two stages
-            near = itertools.product((128, 256), (64, 128), (4,), (2,))
-        near, rounds = list(near), {}
-        for i, (m, n, warps, stages) in enumerate(near):
-            say(f"{m} queries x {n} keys, {warps} warps, {stages} stages: some 10 seconds, then {len(near) - 1 - i} more")
-            config = helion.Config(**{**start.config.config, "num_warps": warps, "num_stages": stages})
-            plan = dataclasses.replace(start, block_m=m, block_n=n, config=config)
+        options = ({"num_warps": warps, "num_stages": stages} for warps, stages in itertools.product((4, 8), (2, 3, 4)))
+        near = [dataclasses.replace(start, block_m=m, block_n=n, config=helion.Config(**{**start.config.config, **option}))
+                for option, m, n in itertools.product(options, (64, 128), (32, 64, 128))]  # fmt: skip
+        if start.kernel == "hopper":  # whose warps and stages are fixed
+            near = [p for p in (configs.HOPPER, configs.HOPPER_64, configs.HOPPER_256) if shape[3] <= p.head_dim]
+        rounds = {}
+        for i, plan in enumerate(near):
+            say(f"{plan.block_m} queries x {plan.block_n} keys, {plan.config.num_warps} warps, {plan.config.num_stages} "
+                f"stages: some 10 seconds, then {len(near) - 1 - i} more")  # fmt: skip
             rounds |= measure({plan: ours(plan)}, shape, args)
         tuned = min(rounds, key=lambda plan: statistics.median(rounds[plan]), default=start)
     functions = {"tuned": ours(tuned), f"{name}, its start": ours(start), "PyTorch": F.scaled_dot_product_attention}

@@ -70,7 +70,7 @@ class Plan:
     block_m: int  # queries a tile
     block_n: int  # keys a tile
     config: helion.Config
-    head_dim: int = 256  # the largest that the tiles leave registers for
+    head_dim: int = 256  # of hopper_kernel: the largest that its tiles leave registers for
 
 
 # The Triton versions for which `fresh` of flash_attn.py knows what is in the way of the first tile. With
@@ -133,7 +133,7 @@ def hopper(head_dim, heads, M):
     that leaves to do."""
     if head_dim > 128:
         return HOPPER_256, HOPPER_GENERAL_256
-    many = M >= 1024 and heads * M >= 2**15  # hardly any row of a last tile for nothing, and 128 tiles
+    many = M >= 1024 and heads * M >= 2**17  # few rows of last tiles for nothing, and tiles for many rounds of SMs
     return HOPPER_64 if head_dim <= 64 and many else HOPPER, HOPPER_GENERAL
 
 

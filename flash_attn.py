@@ -697,8 +697,9 @@ def _check(q, k, v, is_causal, scale, enable_gqa, config):
     if isinstance(config, configs.Plan) and config.kernel == "hopper":
         if q.dtype == torch.float32 or D > config.head_dim:
             raise ValueError(f"config takes 16-bit floats and head dims up to {config.head_dim}, got {q.dtype} and {D}")
-        if max(config.config.num_stages, *config.config.range_num_stages) > 2:  # more barriers than `fresh` knows
-            raise ValueError("config must have at most 2 stages, for hopper_kernel")
+        stages = config.config.config.get("range_num_stages")
+        if not isinstance(stages, list) or max(stages) > 2:  # more barriers than `fresh` knows
+            raise ValueError(f"config must have range_num_stages of at most 2, for hopper_kernel, got {stages}")
     if isinstance(config, configs.Plan) and config.kernel == "blackwell" and q.is_cuda:
         capability = torch.cuda.get_device_capability(q.device)
         if capability[0] != 10:
@@ -1155,7 +1156,7 @@ def flash_attention(q, k, v, *, is_causal=False, scale=None, enable_gqa=False, r
     precision (tf32x3). Sums are float32 throughout, and N * max|v| has to be below its 3.4e38.
     is_causal: True: row i sees keys up to i (CausalVariant.UPPER_LEFT of torch.nn.attention.bias).
     CausalVariant.LOWER_RIGHT: up to i + N - M, so that the last row sees all keys. A row that sees
-    none is 0. NaN or inf in v spreads to rows that do not see it, as in SDPA's math backend.
+    none is 0. NaN or inf in v may spread to rows that do not see it, as in SDPA's math backend.
     scale: a float of either sign or 0, below 2e38; 1 / sqrt(D) if None. Scores, q k^T * scale, have to be below
     2e38, too; float16 on Hopper: below 10^8.
     enable_gqa: Hk may be less than H, which it then divides: H / Hk heads of q in a row share one.
@@ -1174,7 +1175,8 @@ def flash_attention(q, k, v, *, is_causal=False, scale=None, enable_gqa=False, r
     is expanded, is copied, for hopper_kernel; and q in [B, S, H, D], where D is no power of two.
     The first call of a kind (head dim, dtype, masking, alignment, config) compiles, for seconds; batch,
     heads, lengths and scale are run-time values. On Hopper few keys, N <= 128, and, up to D = 64, few queries,
-    M < 1024 or B * H * M < 2^15, are kinds of their own. Inside CUDA graph capture a kind must not be new.
+    M < 1024 or B * H * M < 2^17, are kinds of their own, which may differ in the last bits of out. Inside CUDA
+    graph capture a kind must not be new.
     Under torch.compile and torch.export it is one operator, config has to be None. Under autocast q, k
     and v are cast as SDPA's are.
     Raises TypeError or ValueError, before anything is compiled, on input outside of the above: the
