@@ -14,7 +14,6 @@ speedup of a round stand in brackets: read a difference as real only where both 
 Without a GPU the tables show what can be known without one.
 """
 import argparse
-import dataclasses
 import datetime
 import functools
 import importlib.metadata
@@ -295,11 +294,13 @@ def autotune(name, shape, args):
         attention_kernel.settings.autotune_seed_configs = start
         tuned = attention_kernel.bind(arguments).autotune(arguments)
     else:
-        options = ({"num_warps": warps, "num_stages": stages} for warps, stages in itertools.product((4, 8), (2, 3, 4)))
-        near = [dataclasses.replace(start, block_m=m, block_n=n, config=helion.Config(**{**start.config.config, **option}))
-                for option, m, n in itertools.product(options, (64, 128), (32, 64, 128))]  # fmt: skip
         if start.kernel == "hopper":  # whose warps and stages are fixed
             near = [p for p in (configs.HOPPER, configs.HOPPER_64, configs.HOPPER_256) if shape[3] <= p.head_dim]
+        else:
+            sizes = itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4))
+            near = [configs.Plan(start.kernel, m, n, helion.Config(
+                        **{**start.config.config, "num_warps": warps, "num_stages": stages}))
+                    for m, n, warps, stages in sizes]  # fmt: skip
         rounds = {}
         for i, plan in enumerate(near):
             say(f"{plan.block_m} queries x {plan.block_n} keys, {plan.config.num_warps} warps, {plan.config.num_stages} "

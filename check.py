@@ -318,18 +318,19 @@ def invalidated(ptx):
         return False
     sums = {m[1]: (m[2], m[3]) for m in re.finditer(r"add\.s32\s+(%r\d+), (%r\d+), (%?\w+);", ptx)}
     begin = set(re.findall(r"mov\.b32\s+(%r\d+), global_smem;", ptx))
+    place = lambda register: sums.get(register, (register, "0"))
 
     def first_16(register):
         """Whether an address may be there: it is not, where something from 16 on is added to the beginning."""
-        x, y = sums.get(register, (register, "0"))
+        x, y = place(register)
         if x in sums:  # base, and perhaps 8 times a stage
             return first_16(x) if not y.isdigit() or int(y) < 16 else False
         return x in begin and (not y.isdigit() or int(y) < 16)
 
-    under = {"0", "8"} ^ {y for x, y in (sums.get(register, (register, "0")) for register in re.findall(
-        r"mbarrier\.init[\w.:]+\s+\[(%r\d+)\]", ptx)) if x in begin and y.isdigit() and int(y) < 1024}  # a tile has as much
+    places = map(place, re.findall(r"mbarrier\.init[\w.:]+\s+\[(%r\d+)\]", ptx))
+    under = {y for x, y in places if x in begin and y.isdigit() and int(y) < 1024}  # a tile has at least as much
     used = re.findall(r"mbarrier\.(?!init|inval)[\w.:]+\s+[^;]*\[(%r\d+)\]", ptx)
-    return len(used) > 0 and not under and not any(map(first_16, used))
+    return len(used) > 0 and under == {"0", "8"} and not any(map(first_16, used))
 
 
 def triton_code(sm, kernel, grid, args, options):
@@ -1266,8 +1267,8 @@ assert configs.THEIRS
 # ---- Machine code ----------------------------------------------------------------------------------
 NO_CUTE = importlib.util.find_spec("cutlass") is None
 LOWER_RIGHT = CAUSAL["lower_right"]
-# What flash_attention takes by itself on sm, for head dims, and its gradient; sm_90's is best_on_hopper. sm_86 and
-# sm_89 have sm_80's instructions and less shared memory.
+# What flash_attention takes by itself on sm, for head dims, and its gradient; sm_90's is in best_specialised.
+# sm_86 and sm_89 have sm_80's instructions and less shared memory.
 BEST = {89: ((32, 64, 128, 256), (128, 256)), 100: ((32, 64, 128, 256), (128, 256)), 120: ((128,), (128,))}
 VARIANTS = {  # of hopper_kernel: masked or not, online or not; of blackwell_kernel: causal or not, GQA, lengths
     "hopper": (("bfloat16",), ("float16",), ("bfloat16", LOWER_RIGHT, 1, 4096, 4097), ("float16", True)),
@@ -1284,6 +1285,7 @@ def fits(job, code, spilled=128):
 
 
 def compiles(jobs, spilled=128, threads=None):
+    """All of them fit. threads: how many the first kernel of each has."""
     for job, code in zip(jobs, compile_in_child(jobs)):
         fits(job, code, spilled)
         assert threads in (None, code["threads"]), (job, code)
@@ -1306,19 +1308,20 @@ def hopper_variants(name):
     return compiles([(plan, 90, plan.head_dim, *case) for case in VARIANTS["hopper"]], threads=384)
 
 
-def best_on_hopper(head_dim):
-    """The forward, also where lse is exact, is specialised, and so is the gradient's first kernel, but for D = 256."""
-    jobs, widest = [("gradient", 90, head_dim, *case) for case in VARIANTS["gradient"]], 384 if head_dim < 256 else 256
-    others = [(configs.hopper(head_dim, 1, 1)[1], 90, head_dim)]
-    if head_dim == 64:  # many queries; few queries, and many keys
-        others += [(None, 90, 64), (None, 90, 64, "bfloat16", False, 1, 200, 4096)]
-    codes = compile_in_child(jobs + others)
-    for job, code in zip(jobs + others, codes):
+def best_specialised(head_dim):
+    """On sm_90, with a Triton of configs.SPECIALISED: the forward is specialised, also where lse is exact, and so is
+    the gradient's first kernel, but for D = 256."""
+    general = configs.hopper(head_dim, 1, 1)[1], 90, head_dim
+    many, few = (None, 90, head_dim), (None, 90, head_dim, "bfloat16", False, 1, 200, 4096)  # queries; many keys
+    of_gradient = [("gradient", 90, head_dim, *case) for case in VARIANTS["gradient"]]
+    jobs = [general, *of_gradient] if head_dim > 64 else [general, many, few, *of_gradient]
+    codes, widest = dict(zip(jobs, compile_in_child(jobs))), 384 if head_dim < 256 else 256
+    for job, code in codes.items():
         fits(job, code)
-        of_gradient = job[0] == "gradient"
-        assert not of_gradient or code["threads"] == 384 and max(x["threads"] for x in code["then"]) == widest, (job, code)
-    # HOPPER_64 and HOPPER, which takes more shared memory
-    assert head_dim != 64 or codes[-2]["shared"] < codes[-1]["shared"], ("the same tiles for many and few queries", codes[-2:])
+    for code in map(codes.get, of_gradient):
+        assert code["threads"] == 384 and max(x["threads"] for x in code["then"]) == widest, code
+    if head_dim == 64:  # HOPPER_64, and HOPPER, which takes more shared memory
+        assert codes[many]["shared"] < codes[few]["shared"], ("the same tiles for both", codes[many], codes[few])
     return f"{len(codes)} of them fit, none spills data"
 
 
@@ -1377,7 +1380,7 @@ def cases(draws):
     for name in ("hopper", "hopper_64", "hopper_256"):
         yield [(hopper_variants, (name,))]
     for dim in (64, 128, 256):
-        yield [(best_on_hopper, (dim,))]
+        yield [(best_specialised, (dim,))]
     for dim in (64, 128):
         yield [(blackwell_compiles, (dim,))]
     for sm in (90, 100):
@@ -1409,7 +1412,7 @@ def cases(draws):
         for dtype in ("bfloat16", "float16"):
             yield [(attention, (name, kind, dtype)) for kind in ("lengths", "upper_left", "lower_right")]
             yield [(padded_head_dims, (name, dtype)), (unseen, (name, dtype))]
-        some = ("shifts_in_one_head", "large_values", "lower_level", "many_keys")
+        some = ("shifts_in_one_head", "large_values", "lower_level", "upper_level", "many_keys")
         yield [(hard_rows, (name, kind, "bfloat16")) for kind in some]
     yield [(special_values, ("tile128",)), (hard_rows, ("tile128", "mixed", "bfloat16"))]
     for name in plans:

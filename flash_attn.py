@@ -141,9 +141,9 @@ def _hopper_kernel(
 
     online: with the running maximum, as FlashAttention does. float16 needs it, whose exponents are few.
     Otherwise, bfloat16, the maximum is left out, and lse is that of the rounded p, or, where exact_lse asks for
-    a second sum, of p itself. Softmax is the same whatever number is subtracted from a row's scores; here it is -offset, so that the loop has no maximum to
-    find and nothing to rescale. A row whose numbers leave their range gets lse NaN, and general_kernel
-    computes it again.
+    a second sum, of p itself. Softmax is the same whatever number is subtracted from a row's scores; here it is
+    -offset, so that the loop has no maximum to find and nothing to rescale. A row whose numbers leave their range
+    gets lse NaN, and general_kernel computes it again.
     That test is sufficient: with the maximum subtracted, the largest p of a row is 1, and what is
     below 2^-126 is lost. Here l_i >= visible keys, so the largest p is at least 1, too, and what is
     lost is no larger beside it, for any v. A p, sum or product beyond 2^128 leaves an inf or NaN in
