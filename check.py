@@ -50,6 +50,7 @@ HEAD_DIMS = (16, 32, 64, 128, 256)  # what is compiled; others are filled up
 D = 128 if GPU else 64  # head dim of most cases; the interpreter is slow
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in flash_attn.DTYPES}
 NAMED = {**configs.CONFIGS, "hopper": configs.HOPPER, "hopper_64": configs.HOPPER_64, "hopper_256": configs.HOPPER_256,
+         "hopper_96": configs.HOPPER, "hopper_192": configs.HOPPER_256,  # their cases have such head dims
          "general": configs.HOPPER_GENERAL, "blackwell": configs.BLACKWELL_CUTE, "default": None}  # fmt: skip
 CAUSAL = {"dense": False, "upper_left": True, "lower_right": CausalVariant.LOWER_RIGHT}
 SPAWN = multiprocessing.get_context("spawn")
@@ -546,7 +547,7 @@ SHAPES = {
 
 def dim_of(config):
     """The head dim of its cases."""
-    return {"hopper_64": 64, "hopper_256": 256}.get(config, D)
+    return int(config.removeprefix("hopper_")) if config.startswith("hopper_") else D
 
 
 def attention(config, kind, dtype):
@@ -580,7 +581,7 @@ def attention(config, kind, dtype):
 
 def padded_head_dims(config, dtype):
     """Multiples of 8 that are no power of two: what fills them up must be 0, and the next head stays out."""
-    for dim in (8, 24, 72, 80, 96, 112, 192, 200) if GPU else (8, 24, 80, 200):
+    for dim in (8, 24, 72, 80, 96, 112, 136, 192, 200) if GPU else (8, 24, 72, 136, 200):
         most = 128 if config == "general" else getattr(NAMED[config], "head_dim", 256)
         if dim > most or config == "hopper_256" and dim <= 128:
             continue  # what their tiles are not for
@@ -608,8 +609,9 @@ def unseen(config, dtype):
 
 def layouts(config):
     """Read in place: [B, S, H, D] in memory, k and v of one packed tensor, expanded heads; out in q's layout."""
-    config, (q, k, v) = NAMED[config], make((2, 2, 129, D), keys=300)
-    q, packed = bshd(q), torch.cat([k, v], -1).split(D, -1)
+    dim, config = dim_of(config), NAMED[config]
+    q, k, v = make((2, 2, 129, dim), keys=300)
+    q, packed = bshd(q), torch.cat([k, v], -1).split(dim, -1)
     k, v = bshd(k), bshd(v)
     one = [x[:, :1].expand(2, 2, -1, -1) for x in packed]
     line = compare(flash_attention(q, k, v, config=config), q, k, v)
@@ -623,7 +625,7 @@ def layouts(config):
             assert out.transpose(1, 2).is_contiguous(), "out is not in q's layout"
     q = q.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)  # [S, B, H, D] in memory
     compare(flash_attention(q, k, v, config=config), q, k, v)
-    k, v = (torch.cat([x, x], -1)[..., 1 : D + 1] for x in (k, v))
+    k, v = (torch.cat([x, x], -1)[..., 1 : dim + 1] for x in (k, v))
     q = q.transpose(2, 3).contiguous().transpose(2, 3)  # rows that are not contiguous
     return compare(flash_attention(q, k, v, config=config), q, k, v)
 
@@ -840,7 +842,8 @@ def in_pieces(x):
     return torch.stack([first, second, x - first - second], -1)
 
 
-def hard_head(dtype, keys, seed, dim=D, shift=0.0, sweep=0.0, spread=0.0, gap=0.0, upper=0.5, values="normal", size=1.0):
+def hard_head(dtype, keys, seed, dim=D, shift=0.0, sweep=0.0, spread=0.0, gap=0.0, upper=0.5, values="normal", size=1.0,
+              columns=None):  # fmt: skip
     """q: [ROWS, dim], k, v: [keys, dim]: one head with scores and values to measure.
 
     shift is added to all scores, and another 0 to sweep from the first row to the last. spread: their
@@ -848,6 +851,7 @@ def hard_head(dtype, keys, seed, dim=D, shift=0.0, sweep=0.0, spread=0.0, gap=0.
     others are lower by gap and another 0 to 1 bit, so that every row rounds its p in another way.
     values: "normal", "positive", on the "upper" or "lower" keys only, "opposed" on the two levels, or
     "biased", which sets scores, too. size: of the largest result, unless v would be over LARGEST.
+    columns: v is 0 from this one on.
     """
     generator = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -866,6 +870,7 @@ def hard_head(dtype, keys, seed, dim=D, shift=0.0, sweep=0.0, spread=0.0, gap=0.
         v = torch.where(low, 1.0, -1.0)[:, None] * (1 + uniform(dim))
     else:
         v = normal(keys, dim) * {"normal": 1.0, "upper": ~low[:, None], "lower": low[:, None]}[values]
+    v[:, columns or dim :] = 0
     root, rest, along = dim**0.5, dim - 9, torch.linspace(0, 1, ROWS, dtype=torch.float64)
     ones = lambda n: torch.ones(n, 3, dtype=torch.float64)
     shifts, gaps = in_pieces(root * (shift + sweep * along)), in_pieces(root * -(gap + LN2 * along))
@@ -937,7 +942,8 @@ HARD = {
     "edges": [dict(shift=shift, sweep=0.2, spread=0.1, size=2.0**-10) for shift in (
         *range(-100, 156, 8), *(52 + i / 4 for i in range(24)))] + [
         dict(shift=shift, gap=86, upper=1.0, values="lower", size=math.inf) for shift in range(-35, -27)],
-    "large_values": [dict(head, values="positive", size=math.inf) for head in SHIFTS],
+    # One head is beyond hopper's range in its first columns alone.
+    "large_values": [dict(head, values="positive", size=math.inf, columns=8 * (head["shift"] == 20)) for head in SHIFTS],
     "spreads": [dict(spread=spread) for spread in (0.1, 0.3, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0)],
     "upper_level": [dict(head, values="upper") for head in LEVELS],
     "lower_level": [dict(head, values="lower") for head in LEVELS],
@@ -1304,14 +1310,13 @@ def report_config(sm):
 
 def hopper_variants(name):
     """hopper_kernel is specialised, 12 warps."""
-    plan = NAMED[name]
-    return compiles([(plan, 90, plan.head_dim, *case) for case in VARIANTS["hopper"]], threads=384)
+    return compiles([(NAMED[name], 90, dim_of(name), *case) for case in VARIANTS["hopper"]], threads=384)
 
 
 def best_specialised(head_dim):
     """On sm_90, with a Triton of configs.SPECIALISED: the forward is specialised, also where lse is exact, and so is
     the gradient's first kernel, but for D = 256."""
-    general = configs.hopper(head_dim, 1, 1)[1], 90, head_dim
+    general = configs.hopper(head_dim, torch.bfloat16, 1, 1)[1], 90, head_dim
     many, few = (None, 90, head_dim), (None, 90, head_dim, "bfloat16", False, 1, 200, 4096)  # queries; many keys
     of_gradient = [("gradient", 90, head_dim, *case) for case in VARIANTS["gradient"]]
     jobs = [general, *of_gradient] if head_dim > 64 else [general, many, few, *of_gradient]
@@ -1373,11 +1378,12 @@ def cases(draws):
     """[(function, arguments)], grouped so that one worker process compiles a group's kernel once.
     draws: how many random heads `search` tries for each config and dtype."""
     plans = ("hopper", "general", "default") if GPU else ("hopper", "default")  # which is general's without a GPU
+    of_dims, split = [name for name in NAMED if name.startswith("hopper_")], ("hopper_96", "hopper_192")
     of = lambda name: ("bfloat16", "float16") if name in ("hopper", "general") else DTYPES
     # The slow ones first, so that no worker is left alone with them.
     for sm in BEST:
         yield [(best_config, (sm,))]
-    for name in ("hopper", "hopper_64", "hopper_256"):
+    for name in (*of_dims, "hopper"):
         yield [(hopper_variants, (name,))]
     for dim in (64, 128, 256):
         yield [(best_specialised, (dim,))]
@@ -1408,12 +1414,13 @@ def cases(draws):
                 yield [(attention, (name, kind, dtype)) for kind in ("upper_left", "lower_right")]
                 yield [(padded_head_dims, (name, dtype)), (unseen, (name, dtype))]
         yield [(attention, (name, "lengths", "bfloat16")), (layouts, (name,))]
-    for name in ("hopper_64", "hopper_256"):
+    for name in of_dims:
         for dtype in ("bfloat16", "float16"):
             yield [(attention, (name, kind, dtype)) for kind in ("lengths", "upper_left", "lower_right")]
-            yield [(padded_head_dims, (name, dtype)), (unseen, (name, dtype))]
-        some = ("shifts_in_one_head", "large_values", "lower_level", "upper_level", "many_keys")
+            yield [(unseen, (name, dtype))] + [(padded_head_dims, (name, dtype))] * (name not in split)
+        some = ("shifts_in_one_head", "large_values", *["lower_level", "upper_level", "many_keys"] * (name not in split))
         yield [(hard_rows, (name, kind, "bfloat16")) for kind in some]
+    yield [(layouts, (name,)) for name in split]
     yield [(special_values, ("tile128",)), (hard_rows, ("tile128", "mixed", "bfloat16"))]
     for name in plans:
         yield [(special_values, (name,)), (another_call, (name,)), (split_keys, (name,)), (saved_lse, (name,))]
@@ -1428,7 +1435,7 @@ def cases(draws):
     yield [(readme_block, (i,)) for i in range(len(readme_blocks()))] + [(transformers_model, ())]
     if GPU:
         yield [(threads, ()), (capture, ())]
-        for name in (*configs.CONFIGS, *plans, "hopper_64", "hopper_256"):
+        for name in (*configs.CONFIGS, *plans, *of_dims):
             yield [(same_bits, (name,))]
         for name in plans:
             yield [(compiles_nothing, (name,))]

@@ -77,14 +77,14 @@ class Plan:
 # others `best` does not name HOPPER: run `check.py -k hopper` before you do.
 SPECIALISED = triton.__version__.startswith(("3.6.", "3.7."))
 
-# Hopper, bf16 and fp16, D up to 128. The memory operations are [load v, k, the last v; store lse, out].
+# Hopper, bf16 and fp16, D up to 128. K and V are loaded by TMA; masked stores never are.
 # Warp specialisation: one warpgroup loads, two compute 64 rows each. maxnreg is what each of 12 warps can
 # have; Triton then moves registers from the loading ones to the others. One program per SM, which requests
 # what the next tile needs while it computes this one. Two stages of K and V and one of q and of the last V
 # fill shared memory. Descriptors for TMA of K and V are made on the host, where they cost the GPU nothing.
 HOPPER = Plan("hopper", 128, 128, helion.Config(
     host_tensor_descriptors=True,
-    indexing=["tensor_descriptor"] * 3 + ["pointer"] * 2,
+    indexing="tensor_descriptor",
     maxnreg=168,
     num_stages=2,  # Triton 3.7 does not specialise with fewer, `fresh` does not know the barriers of more
     num_warps=4,
@@ -93,10 +93,10 @@ HOPPER = Plan("hopper", 128, 128, helion.Config(
     range_warp_specializes=[None, True],
 ), head_dim=128)  # fmt: skip
 
-# D up to 64: twice the queries a tile, so that a key is read half as often.
+# D up to 64, bf16: twice the queries a tile, so that a key is read half as often.
 HOPPER_64 = Plan("hopper", 256, 64, HOPPER.config, head_dim=64)
 
-# D up to 256: half the keys a tile, and no place for a last V. 229,664 of 232,448 bytes of shared memory.
+# D up to 256: half the keys a tile, and beyond 192 no place for a last V. 229,664 of 232,448 bytes of shared memory.
 HOPPER_256 = Plan("hopper", 128, 64, HOPPER.config)
 
 # sm_100 through Helion's cute backend, compiled here, but never run: `best` does not name it. The tiles
@@ -128,12 +128,12 @@ FLOAT32 = {d: _general(64, 32, 4, 2) for d in (16, 32, 64)}
 FLOAT32 |= {128: _general(32, 16, 4, 2), 256: _general(16, 16, 8, 1)}
 
 
-def hopper(head_dim, heads, M):
+def hopper(head_dim, dtype, heads, M):
     """hopper_kernel's Plan for a head dim up to 256, heads (B * H) of M queries, and general_kernel's for what
     that leaves to do."""
     if head_dim > 128:
         return HOPPER_256, HOPPER_GENERAL_256
-    many = M >= 1024 and heads * M >= 2**17  # few rows of last tiles for nothing, and tiles for many rounds of SMs
+    many = dtype == torch.bfloat16 and M >= 1024 and heads * M >= 2**17  # few rows of last tiles for nothing, and tiles for many rounds of SMs
     return HOPPER_64 if head_dim <= 64 and many else HOPPER, HOPPER_GENERAL
 
 
@@ -147,7 +147,7 @@ def best(capability, head_dim, dtype, heads, M, N):
     if dtype == torch.float32:
         return FLOAT32[head_dim]
     if capability == (9, 0):
-        specialised, general = hopper(head_dim, heads, M)
+        specialised, general = hopper(head_dim, dtype, heads, M)
         return specialised if N > 128 and SPECIALISED else general
     if capability is not None and capability[0] == 10:
         return BLACKWELL[head_dim]

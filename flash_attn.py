@@ -127,6 +127,7 @@ def _hopper_kernel(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
     qk_scale: float, width: int, diagonal: int, programs: int, paired: int, block_m: hl.constexpr,
     block_n: hl.constexpr, masked: hl.constexpr, online: hl.constexpr, exact_lse: hl.constexpr,
+    E: hl.constexpr, D: hl.constexpr,
 ) -> torch.Tensor:  # fmt: skip
     """Flash attention in the order that keeps Hopper's tensor cores busy, for tensors that TMA reads.
 
@@ -149,17 +150,17 @@ def _hopper_kernel(
     lost is no larger beside it, for any v. A p, sum or product beyond 2^128 leaves an inf or NaN in
     l_i or in acc. In between all is relative: p, exp2's argument and the sums round as they do there.
 
-    q, out: [B, H, M, width]; k, v: [B, Hk, N, width]. They are bound as [.., D], with the power of two
-    from width on, to which TMA fills up with zeros. lse: [B, H, M], float32, natural logarithm.
+    q, out: [B, H, M, width]; k, v: [B, Hk, N, width]; lse: [B, H, M], float32, natural logarithm.
+    E, D: a head is read as its first E columns, if any, and the D behind them, powers of two, which TMA fills up
+    with zeros: 192 = 64 + 128.
     qk_scale: scale * log2(e) > 0. diagonal: row i sees keys up to i + diagonal.
-    masked: more than the last tile of keys has some that a row must not see, or, where D > 128, any. Otherwise
+    masked: more than the last tile of keys has some that a row must not see, or, where D = 256, any. Otherwise
     they are masked after the loop, where the p of the last tile is multiplied.
     """
     ln2, lowest = 0.6931471805599453, -3e38  # lowest is finite: -inf - -inf would be NaN
     offset = 40.0
-    B, H, M, D = q.size()
+    B, H, M, _ = q.size()
     Hk, N = k.size(1), k.size(2)
-    D = hl.specialize(D)
     # q as one matrix with q's row stride: where b and h begin. TMA takes no more where halves of a tile
     # go to two warpgroups. Divided here, since Triton does not move a division out of a loop.
     stride_b, stride_h, stride_m = q.stride(0), q.stride(1), q.stride(2)
@@ -197,6 +198,8 @@ def _hopper_kernel(
         l_exact = hl.zeros([block_m], dtype=torch.float32)
         l_tile, exact_tile = hl.zeros([block_m], dtype=torch.float32), hl.zeros([block_m], dtype=torch.float32)
         acc = hl.zeros([block_m, D], dtype=torch.float32)
+        if E:
+            acc_e = hl.zeros([block_m, E], dtype=torch.float32)
         p = hl.zeros([block_m, block_n], dtype=torch.float32)
         # Made in the kernel: only such a descriptor is halved with its tile. Rows beyond M are not stored.
         row = scalar("{0} * {1} + {2} * {3} + {4} * {5}", b, row_b, h, row_h, tile, block_m)
@@ -204,20 +207,31 @@ def _hopper_kernel(
         column = fresh(column, turn)
         q_tile = hl.inline_triton(
             "tl.make_tensor_descriptor({0}, [{1}, {2}], [{3}, 1], [{4}, {5}]).load([{6}, {7}])",
-            args=(q, q_rows, q_columns, stride_m, block_m, D, row, column),
+            args=(q, q_rows, q_columns, stride_m, block_m, D, row, column + E),
             output_like=hl.zeros([block_m, D], dtype=q.dtype),
         )
-        # D > 128: shared memory has no place for a last tile of v behind the loop. An iteration more, of keys
+        if E:  # by a row of its own: one value that two descriptors use would be shifted twice
+            row = scalar("{0} * {1} + {2} * {3} + ({4} + {6}) * {5} - {6} * {5}", b, row_b, h, row_h, tile, block_m, w)
+            q_tile_e = hl.inline_triton(
+                "tl.make_tensor_descriptor({0}, [{1}, {2}], [{3}, 1], [{4}, {5}]).load([{6}, {7}])",
+                args=(q, q_rows, q_columns, stride_m, block_m, E, row, column),
+                output_like=hl.zeros([block_m, E], dtype=q.dtype),
+            )
+        # D = 256: shared memory has no place for a last tile of v behind the loop. An iteration more, of keys
         # that no row sees, has that p v.
-        stop = end if D <= 128 else scalar("{0} + tl.minimum({0}, {1})", end, block_n)
+        stop = end if D < 256 else scalar("{0} + tl.minimum({0}, {1})", end, block_n)
         for n in hl.grid(0, stop, block_n):
             # The previous tile; for the first one, which has none, itself, times the p of 0.
             back = scalar("tl.maximum({0} - {1}, 0)", n, block_n)
             p_tile = p.to(v.dtype)  # in front of q k^T, which then has its registers
-            v_tile = v[b, hk, back + hl.arange(block_n), :]
+            v_tile = v[b, hk, back + hl.arange(block_n), E : E + D]
+            if E:
+                v_tile_e = v[b, hk, back + hl.arange(block_n), :E]
             # The last tile ends where the keys end: some of them are there twice, but nothing else is.
             at = n if masked else scalar("tl.minimum({0}, {1} - {2})", n, N, block_n)
-            qk = hl.dot(q_tile, k[b, hk, at + hl.arange(block_n), :].T, out_dtype=torch.float32)
+            qk = hl.dot(q_tile, k[b, hk, at + hl.arange(block_n), E : E + D].T, out_dtype=torch.float32)
+            if E:
+                qk = hl.dot(q_tile_e, k[b, hk, at + hl.arange(block_n), :E].T, acc=qk)
             visible = hl.arange(block_n)[None, :] <= (last - n)[:, None]
             if online:
                 if masked:
@@ -232,11 +246,15 @@ def _hopper_kernel(
                     x = torch.where(visible, x, float("-inf"))
             # The mask before this product and the exponentials behind it: else they do not overlap.
             acc = hl.dot(p_tile, v_tile, acc=acc)
+            if E:
+                acc_e = hl.dot(p_tile, v_tile_e, acc=acc_e)
             p = exp2(x)
             if online:
                 l_tile = torch.sum(p, -1)
                 l_i = l_i * alpha + l_tile
                 acc = acc * alpha[:, None]
+                if E:
+                    acc_e = acc_e * alpha[:, None]
             else:
                 # l_i has to sum what the tensor cores multiply: else a row of one key would not get
                 # exactly its v. To nearest: a cut would move all that cancels to one side.
@@ -244,12 +262,12 @@ def _hopper_kernel(
                     exact_tile = torch.sum(p, -1)
                     l_exact = l_exact + exact_tile
                 rounded = round_to_bf16(p)
-                if not exact_lse or D > 128:  # otherwise the exact p of the last tile is for behind the loop
+                if not exact_lse or D == 256:  # otherwise the exact p of the last tile is for behind the loop
                     p = rounded
                 l_tile = torch.sum(rounded, -1)
                 l_i = l_i + l_tile
         at = end - block_n
-        if not masked and D > 128:  # the iteration more had the last tile again
+        if not masked and D == 256:  # the iteration more had the last tile again
             l_i, l_exact = l_i - l_tile, l_exact - exact_tile
         elif not masked:
             at = scalar("tl.minimum({0} - {1}, {2} - {1})", end, block_n, N)
@@ -267,27 +285,35 @@ def _hopper_kernel(
                 # What was masked here was in l_all, whose rounding is in `others`, unless there are none.
                 exact = (end <= block_n) | (l_i * 2**12 >= l_all)
             p = torch.where(visible, p, 0.0)
-        if D <= 128:
-            acc = hl.dot(p.to(v.dtype), v[b, hk, at + hl.arange(block_n), :], acc=acc)
+        if D < 256:
+            p_tile = p.to(v.dtype)
+            acc = hl.dot(p_tile, v[b, hk, at + hl.arange(block_n), E : E + D], acc=acc)
+            if E:
+                acc_e = hl.dot(p_tile, v[b, hk, at + hl.arange(block_n), :E], acc=acc_e)
         inverse = torch.where(last < 0, 0.0, 1 / l_i)  # rows that see nothing are 0
         acc = acc * inverse[:, None]
+        if E:
+            acc_e = acc_e * inverse[:, None]
         if online:
             lse_tile = (m_i + log2(l_i)) * ln2
         else:
             # NaN if one is NaN. Of what depends on q k^T: of acc as the loop leaves it Triton takes no maximum.
             top = torch.amax(torch.abs(acc), -1)
+            if E:
+                top = torch.maximum(top, torch.amax(torch.abs(acc_e), -1))
             fits = (l_i >= last + 1) & (l_i < float("inf")) & (top < float("inf"))
-            if not masked and D <= 128:
+            if not masked and D < 256:
                 fits = fits & exact
             lse_tile = torch.where(fits, (log2(l_exact if exact_lse else l_i) - offset) * ln2, float("nan"))
         lse_tile = torch.where(last < 0, float("-inf"), lse_tile)
         stored = (rows < M) & (live > 0)
         hl.store(lse, [b, h, rows], lse_tile, extra_mask=stored)
-        out_tile = acc.to(out.dtype)
-        columns = hl.arange(D) < scalar("{0} // 8 * 8", width)  # so Triton sees whole vectors
+        columns = E + hl.arange(D)[None, :]
+        inside = columns < scalar("{0} // 8 * 8", width)  # so Triton sees whole vectors
         b, h = b.to(torch.int64), h.to(torch.int64)
-        hl.store(out, [b, h, rows[:, None], hl.arange(D)[None, :]], out_tile,
-                 extra_mask=stored[:, None] & columns[None, :])  # fmt: skip
+        hl.store(out, [b, h, rows[:, None], columns], acc.to(out.dtype), extra_mask=stored[:, None] & inside)
+        if E:
+            hl.store(out, [b, h, rows[:, None], hl.arange(E)[None, :]], acc_e.to(out.dtype), extra_mask=stored[:, None])
     return out
 
 
@@ -860,6 +886,14 @@ def _scratch(q):
         _allocation._allocator.reset(before)
 
 
+def _columns(D):
+    """E and D of hopper_kernel."""
+    whole = triton.next_power_of_2(max(D, 16))
+    if D <= 64 or 4 * D > 3 * whole:
+        return 0, whole
+    return triton.next_power_of_2(max(D - whole // 2, 16)), whole // 2
+
+
 def _plan(q, k, v, is_causal, scale, config, exact_lse):
     """What a call runs, as a function of q, k, v that returns out and lse."""
     B, H, M, D = q.shape
@@ -877,7 +911,7 @@ def _plan(q, k, v, is_causal, scale, config, exact_lse):
     tiles = B * H * triton.cdiv(M, plan.block_m)
     # hopper_kernel's `quotient` and its int32; and a masked score times its scale has to be -inf.
     large = tiles >= 2**19 or max(q.stride()) >= 2**31 or M * like.stride(2) >= 2**31
-    _, other = configs.hopper(D, B * H, M)
+    _, other = configs.hopper(D, q.dtype, B * H, M)
     if plan.kernel == "hopper" and (large or D < 16 or scale < 2.0**-100):
         plan = other
     numbers = scale * LOG2E, D, diagonal
@@ -886,13 +920,13 @@ def _plan(q, k, v, is_causal, scale, config, exact_lse):
     kernel = general = _wide[general_kernel] if _is_wide(q, k, v, like) else general_kernel
     redo = None
     if plan.kernel == "hopper":
-        kernel = hopper_kernel
+        kernel, columns = hopper_kernel, _columns(D)
         # TMA does not repeat: of heads that are all the same one is enough.
         first = k.stride(1) == v.stride(1) == 0
         few = lambda q, k, v: (q, k[:, 0].unsqueeze(1), v[:, 0].unsqueeze(1)) if first else (q, k, v)
         copied = [not _readable_by_tma(x) for x in few(q, k, v)]
         # What fills up a row of q would be the next head's, which may be inf or NaN, and not TMA's zeros.
-        copied[0] |= D.bit_count() > 1 and any(s % q.stride(2) for s in q.stride()[:2])
+        copied[0] |= D < sum(columns) and any(s % q.stride(2) for s in q.stride()[:2])
         if first or any(copied):
             fix = lambda *tensors: [
                 x.clone(memory_format=torch.contiguous_format) if copy else x
@@ -900,14 +934,14 @@ def _plan(q, k, v, is_causal, scale, config, exact_lse):
             ]
         online = q.dtype == torch.float16
         # The last tile holds the end of the keys, and the diagonal where that is a multiple of the tile. A
-        # running maximum must not see what a row does not see. D > 128 has no code for a ragged last tile.
+        # running maximum must not see what a row does not see. D > 192 has no code for a ragged last tile.
         masked = N < plan.block_n if diagonal == N else diagonal % plan.block_n > 0 or plan.block_n < plan.block_m
-        masked |= online and diagonal < N or D > 128 and (diagonal < N or N % plan.block_n > 0)
+        masked |= online and diagonal < N or D > 192 and (diagonal < N or N % plan.block_n > 0)
         if not online:
             redo = _prepare(general, other, numbers, (other.block_m, other.block_n, REDO_ROWS))
         programs = helion.runtime.get_num_sm(q.device)
         numbers = *numbers, programs, int(diagonal < N and tiles > programs)
-        constants = plan.block_m, plan.block_n, masked, online, exact_lse and not online
+        constants = plan.block_m, plan.block_n, masked, online, exact_lse and not online, *columns
     launch = _prepare(kernel, plan, numbers, constants)
 
     def call(q, k, v):
@@ -1172,7 +1206,7 @@ def flash_attention(q, k, v, *, is_causal=False, scale=None, enable_gqa=False, r
     element of k and v, and as much as the scores of 128 queries of a group of heads.
     Tensors are read where they are, heads of k and v that are one head expanded, too. Only what TMA
     cannot read, rows that are not contiguous or do not start at multiples of 16 bytes, and a batch that
-    is expanded, is copied, for hopper_kernel; and q in [B, S, H, D], where D is no power of two.
+    is expanded, is copied, for hopper_kernel; and q in [B, S, H, D], where that fills D up with zeros.
     The first call of a kind (head dim, dtype, masking, alignment, config) compiles, for seconds; batch,
     heads, lengths and scale are run-time values. On Hopper few keys, N <= 128, and, up to D = 64, few queries,
     M < 1024 or B * H * M < 2^17, are kinds of their own, which may differ in the last bits of out. Inside CUDA
