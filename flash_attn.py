@@ -651,7 +651,8 @@ def _prepare(kernel, plan, numbers, constants):
             if (*kind, aligned) not in _compiled:
                 _not_captured(q)
             run = _bind(*kind)
-            tensors = [x.view_as(x) for x in tensors]  # to be told apart, where q, k and v are one tensor
+            # To be told apart, where q, k and v are one tensor. A view would have other strides where a size is 1.
+            tensors = [x.detach() for x in tensors]
             run(*tensors, *numbers, *constants, _launcher=functools.partial(first, (*kind, aligned)))
             if compiled is None or kernel in _wide.values():
                 return
