@@ -46,7 +46,7 @@ from flash_attn import LOG2E, configs, flash_attention
 from torch.nn.attention.bias import CausalVariant
 
 DEVICE = "cuda" if GPU else "cpu"
-HEAD_DIMS = (16, 32, 64, 128, 256)  # what is compiled; others are filled up
+HEAD_DIMS = (16, 32, 64, 128, 256)  # others are filled up, or hopper_kernel reads them as two of them
 D = 128 if GPU else 64  # head dim of most cases; the interpreter is slow
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in flash_attn.DTYPES}
 NAMED = {**configs.CONFIGS, "hopper": configs.HOPPER, "hopper_64": configs.HOPPER_64, "hopper_256": configs.HOPPER_256,
@@ -580,7 +580,8 @@ def attention(config, kind, dtype):
 
 
 def padded_head_dims(config, dtype):
-    """Multiples of 8 that are no power of two: what fills them up must be 0, and the next head stays out."""
+    """Multiples of 8 that are no power of two, as one or two parts: what fills them up must be 0, and the next head
+    stays out."""
     for dim in (8, 24, 72, 80, 96, 112, 136, 192, 200) if GPU else (8, 24, 72, 136, 200):
         most = 128 if config == "general" else getattr(NAMED[config], "head_dim", 256)
         if dim > most or config == "hopper_256" and dim <= 128:

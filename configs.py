@@ -133,7 +133,8 @@ def hopper(head_dim, dtype, heads, M):
     that leaves to do."""
     if head_dim > 128:
         return HOPPER_256, HOPPER_GENERAL_256
-    many = dtype == torch.bfloat16 and M >= 1024 and heads * M >= 2**17  # few rows of last tiles for nothing, and tiles for many rounds of SMs
+    # Few rows of last tiles for nothing, and tiles for many rounds of SMs. fp16 is slower with it.
+    many = dtype == torch.bfloat16 and M >= 1024 and heads * M >= 2**17
     return HOPPER_64 if head_dim <= 64 and many else HOPPER, HOPPER_GENERAL
 
 

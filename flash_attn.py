@@ -154,8 +154,9 @@ def _hopper_kernel(
     E, D: a head is read as its first E columns, if any, and the D behind them, powers of two, which TMA fills up
     with zeros: 192 = 64 + 128.
     qk_scale: scale * log2(e) > 0. diagonal: row i sees keys up to i + diagonal.
-    masked: more than the last tile of keys has some that a row must not see, or, where D = 256, any. Otherwise
-    they are masked after the loop, where the p of the last tile is multiplied.
+    masked: more than the last tile of keys has some that a row must not see, or, where D = 256, any, or, where
+    online, any beyond the diagonal. Otherwise they are masked after the loop, where the p of the last tile is
+    multiplied.
     """
     ln2, lowest = 0.6931471805599453, -3e38  # lowest is finite: -inf - -inf would be NaN
     offset = 40.0
@@ -1209,8 +1210,8 @@ def flash_attention(q, k, v, *, is_causal=False, scale=None, enable_gqa=False, r
     cannot read, rows that are not contiguous or do not start at multiples of 16 bytes, and a batch that
     is expanded, is copied, for hopper_kernel; and q in [B, S, H, D], where that fills D up with zeros.
     The first call of a kind (head dim, dtype, masking, alignment, config) compiles, for seconds; batch,
-    heads, lengths and scale are run-time values. On Hopper few keys, N <= 128, and, up to D = 64, few queries,
-    M < 1024 or B * H * M < 2^17, are kinds of their own, which may differ in the last bits of out. Inside CUDA
+    heads, lengths and scale are run-time values. On Hopper few keys, N <= 128, and, in bf16 up to D = 64, few
+    queries, M < 1024 or B * H * M < 2^17, are kinds of their own, which may differ in the last bits of out. Inside CUDA
     graph capture a kind must not be new.
     Under torch.compile and torch.export it is one operator, config has to be None. Under autocast q, k
     and v are cast as SDPA's are.
