@@ -1322,7 +1322,7 @@ def hopper_variants(name):
 def best_specialised(head_dim):
     """On sm_90, with a Triton of configs.SPECIALISED: the forward is specialised, also where lse is exact, and so is
     the gradient's first kernel, but for D = 256."""
-    general = configs.hopper(head_dim, torch.bfloat16, 1, 1)[1], 90, head_dim
+    general = configs.hopper_general(head_dim), 90, head_dim
     many, few = (None, 90, head_dim), (None, 90, head_dim, "bfloat16", False, 1, 200, 4096)  # queries; many keys
     of_gradient = [("gradient", 90, head_dim, *case) for case in VARIANTS["gradient"]]
     jobs = [general, *of_gradient] if head_dim > 64 else [general, many, few, *of_gradient]
@@ -1384,7 +1384,7 @@ def cases(draws):
     """[(function, arguments)], grouped so that one worker process compiles a group's kernel once.
     draws: how many random heads `search` tries for each config and dtype."""
     plans = ("hopper", "general", "default") if GPU else ("hopper", "default")  # which is general's without a GPU
-    of_dims, split = [name for name in NAMED if name.startswith("hopper_")], ("hopper_96", "hopper_192")
+    of_dims = [name for name in NAMED if name.startswith("hopper_")]
     of = lambda name: ("bfloat16", "float16") if name in ("hopper", "general") else DTYPES
     # The slow ones first, so that no worker is left alone with them.
     for sm in BEST:
@@ -1420,16 +1420,16 @@ def cases(draws):
                 yield [(attention, (name, kind, dtype)) for kind in ("upper_left", "lower_right")]
                 yield [(padded_head_dims, (name, dtype)), (unseen, (name, dtype))]
         yield [(attention, (name, "lengths", "bfloat16")), (layouts, (name,))]
-    for name in of_dims:
+    for name in ("hopper_64", "hopper_256"):
         for dtype in ("bfloat16", "float16"):
-            if name in split and dtype == "float16":
-                yield [(attention, (name, "upper_left", dtype))]
-                continue
             yield [(attention, (name, kind, dtype)) for kind in ("lengths", "upper_left", "lower_right")]
-            yield [(unseen, (name, dtype))] + [(padded_head_dims, (name, dtype))] * (name not in split)
-        some = ("shifts_in_one_head", "large_values", *["lower_level", "upper_level", "many_keys"] * (name not in split))
+            yield [(padded_head_dims, (name, dtype)), (unseen, (name, dtype))]
+        some = ("shifts_in_one_head", "large_values", "lower_level", "upper_level", "many_keys")
         yield [(hard_rows, (name, kind, "bfloat16")) for kind in some]
-    yield [(layouts, (name,)) for name in split]
+    for name in ("hopper_96", "hopper_192"):  # the same tiles, and heads in two parts
+        yield [(attention, (name, kind, "bfloat16")) for kind in ("lengths", "upper_left", "lower_right")]
+        yield [(attention, (name, "upper_left", "float16")), (unseen, (name, "bfloat16")), (layouts, (name,))]
+        yield [(hard_rows, (name, kind, "bfloat16")) for kind in ("shifts_in_one_head", "large_values")]
     yield [(special_values, ("tile128",)), (hard_rows, ("tile128", "mixed", "bfloat16"))]
     for name in plans:
         yield [(special_values, (name,)), (another_call, (name,)), (split_keys, (name,)), (saved_lse, (name,))]

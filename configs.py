@@ -77,7 +77,7 @@ class Plan:
 # others `best` does not name HOPPER: run `check.py -k hopper` before you do.
 SPECIALISED = triton.__version__.startswith(("3.6.", "3.7."))
 
-# Hopper, bf16 and fp16, D up to 128. K and V are loaded by TMA; masked stores never are.
+# Hopper, bf16 and fp16, D up to 128. TMA loads K and V; stores have masks, and so go by pointers.
 # Warp specialisation: one warpgroup loads, two compute 64 rows each. maxnreg is what each of 12 warps can
 # have; Triton then moves registers from the loading ones to the others. One program per SM, which requests
 # what the next tile needs while it computes this one. Two stages of K and V and one of q and of the last V
@@ -128,14 +128,18 @@ FLOAT32 = {d: _general(64, 32, 4, 2) for d in (16, 32, 64)}
 FLOAT32 |= {128: _general(32, 16, 4, 2), 256: _general(16, 16, 8, 1)}
 
 
+def hopper_general(head_dim):
+    """general_kernel's Plan on Hopper, for what hopper_kernel leaves to do."""
+    return HOPPER_GENERAL_256 if head_dim > 128 else HOPPER_GENERAL
+
+
 def hopper(head_dim, dtype, heads, M):
-    """hopper_kernel's Plan for a head dim up to 256, heads (B * H) of M queries, and general_kernel's for what
-    that leaves to do."""
+    """hopper_kernel's Plan for a head dim up to 256, heads (B * H) of M queries."""
     if head_dim > 128:
-        return HOPPER_256, HOPPER_GENERAL_256
+        return HOPPER_256
     # Few rows of last tiles for nothing, and tiles for many rounds of SMs. fp16 is slower with it.
     many = dtype == torch.bfloat16 and M >= 1024 and heads * M >= 2**17
-    return HOPPER_64 if head_dim <= 64 and many else HOPPER, HOPPER_GENERAL
+    return HOPPER_64 if head_dim <= 64 and many else HOPPER
 
 
 def best(capability, head_dim, dtype, heads, M, N):
@@ -148,8 +152,7 @@ def best(capability, head_dim, dtype, heads, M, N):
     if dtype == torch.float32:
         return FLOAT32[head_dim]
     if capability == (9, 0):
-        specialised, general = hopper(head_dim, dtype, heads, M)
-        return specialised if N > 128 and SPECIALISED else general
+        return hopper(head_dim, dtype, heads, M) if N > 128 and SPECIALISED else hopper_general(head_dim)
     if capability is not None and capability[0] == 10:
         return BLACKWELL[head_dim]
     return AMPERE[head_dim]

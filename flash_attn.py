@@ -123,6 +123,16 @@ def attention_kernel(
     return out
 
 
+def load_matrix(x, rows, columns, stride, row, column, block, block_d):
+    """[block, block_d] from row and column on, by TMA, of a matrix [rows, columns] that begins where x does. The
+    descriptor is made in the kernel: only such a one is halved with its tile."""
+    return hl.inline_triton(
+        "tl.make_tensor_descriptor({0}, [{1}, {2}], [{3}, 1], [{4}, {5}]).load([{6}, {7}])",
+        args=(x, rows, columns, stride, block, block_d, row, column),
+        output_like=hl.zeros([block, block_d], dtype=x.dtype),
+    )
+
+
 def _hopper_kernel(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
     qk_scale: float, width: int, diagonal: int, programs: int, paired: int, block_m: hl.constexpr,
@@ -202,22 +212,14 @@ def _hopper_kernel(
         if E:
             acc_e = hl.zeros([block_m, E], dtype=torch.float32)
         p = hl.zeros([block_m, block_n], dtype=torch.float32)
-        # Made in the kernel: only such a descriptor is halved with its tile. Rows beyond M are not stored.
+        # Rows beyond M are not stored.
         row = scalar("{0} * {1} + {2} * {3} + {4} * {5}", b, row_b, h, row_h, tile, block_m)
         column = scalar("{0} * {1} + {2} * {3}", b, column_b, h, column_h)
         column = fresh(column, turn)
-        q_tile = hl.inline_triton(
-            "tl.make_tensor_descriptor({0}, [{1}, {2}], [{3}, 1], [{4}, {5}]).load([{6}, {7}])",
-            args=(q, q_rows, q_columns, stride_m, block_m, D, row, column + E),
-            output_like=hl.zeros([block_m, D], dtype=q.dtype),
-        )
+        q_tile = load_matrix(q, q_rows, q_columns, stride_m, row, column + E, block_m, D)
         if E:  # by a row of its own: one value that two descriptors use would be shifted twice
             row = scalar("{0} * {1} + {2} * {3} + ({4} + {6}) * {5} - {6} * {5}", b, row_b, h, row_h, tile, block_m, w)
-            q_tile_e = hl.inline_triton(
-                "tl.make_tensor_descriptor({0}, [{1}, {2}], [{3}, 1], [{4}, {5}]).load([{6}, {7}])",
-                args=(q, q_rows, q_columns, stride_m, block_m, E, row, column),
-                output_like=hl.zeros([block_m, E], dtype=q.dtype),
-            )
+            q_tile_e = load_matrix(q, q_rows, q_columns, stride_m, row, column, block_m, E)
         # D = 256: shared memory has no place for a last tile of v behind the loop. An iteration more, of keys
         # that no row sees, has that p v.
         stop = end if D < 256 else scalar("{0} + tl.minimum({0}, {1})", end, block_n)
@@ -913,7 +915,7 @@ def _plan(q, k, v, is_causal, scale, config, exact_lse):
     tiles = B * H * triton.cdiv(M, plan.block_m)
     # hopper_kernel's `quotient` and its int32; and a masked score times its scale has to be -inf.
     large = tiles >= 2**19 or max(q.stride()) >= 2**31 or M * like.stride(2) >= 2**31
-    _, other = configs.hopper(D, q.dtype, B * H, M)
+    other = configs.hopper_general(D)
     if plan.kernel == "hopper" and (large or D < 16 or scale < 2.0**-100):
         plan = other
     numbers = scale * LOG2E, D, diagonal
@@ -936,9 +938,9 @@ def _plan(q, k, v, is_causal, scale, config, exact_lse):
             ]
         online = q.dtype == torch.float16
         # The last tile holds the end of the keys, and the diagonal where that is a multiple of the tile. A
-        # running maximum must not see what a row does not see. D > 192 has no code for a ragged last tile.
+        # running maximum must not see what a row does not see. D = 256 has no code for a ragged last tile.
         masked = N < plan.block_n if diagonal == N else diagonal % plan.block_n > 0 or plan.block_n < plan.block_m
-        masked |= online and diagonal < N or D > 192 and (diagonal < N or N % plan.block_n > 0)
+        masked |= online and diagonal < N or columns[1] == 256 and (diagonal < N or N % plan.block_n > 0)
         if not online:
             redo = _prepare(general, other, numbers, (other.block_m, other.block_n, REDO_ROWS))
         programs = helion.runtime.get_num_sm(q.device)
@@ -1211,8 +1213,8 @@ def flash_attention(q, k, v, *, is_causal=False, scale=None, enable_gqa=False, r
     is expanded, is copied, for hopper_kernel; and q in [B, S, H, D], where that fills D up with zeros.
     The first call of a kind (head dim, dtype, masking, alignment, config) compiles, for seconds; batch,
     heads, lengths and scale are run-time values. On Hopper few keys, N <= 128, and, in bf16 up to D = 64, few
-    queries, M < 1024 or B * H * M < 2^17, are kinds of their own, which may differ in the last bits of out. Inside CUDA
-    graph capture a kind must not be new.
+    queries, M < 1024 or B * H * M < 2^17, are kinds of their own, which may differ in the last bits of out. Inside
+    CUDA graph capture a kind must not be new.
     Under torch.compile and torch.export it is one operator, config has to be None. Under autocast q, k
     and v are cast as SDPA's are.
     Raises TypeError or ValueError, before anything is compiled, on input outside of the above: the
