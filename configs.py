@@ -158,17 +158,18 @@ def best(capability, head_dim, dtype, heads, M, N):
     return AMPERE[head_dim]
 
 
-def _gradient(dkdv, dq):
-    """The Plans of dkdv_kernel and dq_kernel, each from queries a tile, keys a tile, warps, stages."""
-    return tuple(Plan(name, m, n, helion.Config(num_stages=stages, num_warps=warps))
-                 for name, (m, n, warps, stages) in (("dkdv", dkdv), ("dq", dq)))  # fmt: skip
+def _gradient(dkdv, dq, dk=None):
+    """The Plans of dkdv_kernel and dq_kernel, each from queries a tile, keys a tile, warps, stages; and that of
+    dkdv_kernel for dk, where it leaves that to a launch of its own, or None."""
+    plan = lambda name, m, n, warps, stages: Plan(name, m, n, helion.Config(num_stages=stages, num_warps=warps))
+    return plan("dkdv", *dkdv), plan("dq", *dq), plan("dkdv", *dk) if dk else None
 
 
 # By machine code, too. float32 with D = 256 spills, whatever its tiles.
 GRADIENT = {d: _gradient((64, 64, 4, 2), (128, 64, 8, 2)) for d in (16, 32, 64)}
 GRADIENT |= {128: _gradient((64, 64, 8, 2), (128, 64, 8, 2)), 256: _gradient((32, 32, 8, 2), (64, 64, 8, 2))}
 GRADIENT_HOPPER = {d: _gradient((64, 128, 8, 2), (128, 64, 8, 3)) for d in (16, 32, 64, 128)}
-GRADIENT_HOPPER |= {256: _gradient((64, 64, 8, 2), (128, 64, 8, 3))}
+GRADIENT_HOPPER |= {256: _gradient((64, 128, 8, 1), (128, 64, 8, 4), (64, 128, 8, 4))}
 GRADIENT_FLOAT32 = {d: _gradient((32, 32, 4, 1), (32, 32, 4, 1)) for d in (16, 32, 64)}
 GRADIENT_FLOAT32 |= {128: _gradient((32, 16, 8, 1), (32, 32, 8, 1)), 256: _gradient((16, 16, 8, 1), (32, 32, 8, 1))}
 
@@ -186,11 +187,11 @@ HOPPER_DKDV = Plan("hopper_dkdv", 64, 128, helion.Config(
 
 
 def best_gradient(capability, head_dim, dtype):
-    """The Plans of dkdv_kernel and dq_kernel: arguments as above."""
+    """The Plans of dkdv_kernel and dq_kernel, and of dkdv_kernel for dk alone or None: arguments as above."""
     head_dim = max(16, 1 << (head_dim - 1).bit_length())
     if dtype == torch.float32:
         return GRADIENT_FLOAT32[head_dim]
     if capability != (9, 0):
         return GRADIENT[head_dim]
-    dkdv, dq = GRADIENT_HOPPER[head_dim]
-    return HOPPER_DKDV if head_dim in (64, 128) and SPECIALISED else dkdv, dq
+    dkdv, dq, dk = GRADIENT_HOPPER[head_dim]
+    return HOPPER_DKDV if head_dim in (64, 128) and SPECIALISED else dkdv, dq, dk

@@ -438,7 +438,7 @@ def _dkdv_kernel(
     q: torch.Tensor, do: torch.Tensor, aug: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     dk: torch.Tensor, dv: torch.Tensor, ds: torch.Tensor, scale: float, scale2: float, width: int,
     diagonal: int, begin: int, heads: int, m_begin: int, m_end: int, block_m: hl.constexpr,
-    block_n: hl.constexpr, masked: hl.constexpr, of_q: hl.constexpr, of_kv: hl.constexpr,
+    block_n: hl.constexpr, masked: hl.constexpr, keeps: hl.constexpr, of_k: hl.constexpr, of_v: hl.constexpr,
     summed: hl.constexpr, tma: hl.constexpr,
 ) -> torch.Tensor:  # fmt: skip
     """dk and dv of a tile of keys, which walks over the queries of all heads that share it. Scores are
@@ -446,8 +446,9 @@ def _dkdv_kernel(
 
     ds: [heads * H / Hk, N, M] for `heads` of the B * Hk heads of keys, from `begin` on, and for the queries
     from 128 m_begin to 128 m_end, N and M as multiples of 128. scale2: scale * log2(e).
-    of_q: ds is kept. of_kv: dk and dv are computed. summed: they are float32, to be summed over the queries.
-    tma: everything is read by TMA, as hopper_kernel does.
+    keeps: ds is written. of_k, of_v: dk and dv are computed; dk alone from ds that a launch before this one has kept,
+    as where D = 256, whose two sums leave no registers for large tiles. summed: they are float32, to be summed over
+    the queries. tma: everything is read by TMA, as hopper_kernel does.
     """
     B, H, M, _ = q.size()
     Hk, N = k.size(1), k.size(2)
@@ -465,12 +466,13 @@ def _dkdv_kernel(
         b = scalar("({0} + {1}) // {2}", begin, local, Hk)
         hk = scalar("{0} + {1} - {2} * {3}", begin, local, b, Hk)
         keys, columns = (tile + 1) * block_n + (hl.arange(block_n) - block_n), hl.arange(D)
-        k_tile = load_kept(k, k_strides, b, hk, keys, columns, width, tma, tile, w)
-        v_tile = load_kept(v, v_strides, b, hk, keys, columns, width, tma, tile, 2 * w)
-        c = hl.arange(16)[None, :] + hl.zeros([block_n, 1], dtype=torch.int32)
-        of_lse = torch.where(c < 3, 1.0, 0.0).to(torch.bfloat16)
-        of_delta = torch.where((c >= 3) & (c < 6), 1.0, 0.0).to(torch.bfloat16)
-        add = "tl.dot({0}, {1}.T, acc={2})"
+        if of_v or keeps:
+            k_tile = load_kept(k, k_strides, b, hk, keys, columns, width, tma, tile, w)
+            v_tile = load_kept(v, v_strides, b, hk, keys, columns, width, tma, tile, 2 * w)
+            c = hl.arange(16)[None, :] + hl.zeros([block_n, 1], dtype=torch.int32)
+            of_lse = torch.where(c < 3, 1.0, 0.0).to(torch.bfloat16)
+            of_delta = torch.where((c >= 3) & (c < 6), 1.0, 0.0).to(torch.bfloat16)
+            add = "tl.dot({0}, {1}.T, acc={2})"
         dk_acc = hl.zeros([block_n, D], dtype=torch.float32)
         dv_acc = hl.zeros([block_n, D], dtype=torch.float32)
         # From the 128 queries on of which one sees a key of this tile: dq_kernel reads as many at once.
@@ -483,31 +485,37 @@ def _dkdv_kernel(
             step = scalar("({0} - {1} * {2}) * {3}", i, g, count, block_m)
             m = scalar("{0} * 128 + {1}", first, step)
             q_tile = load(q, b, h, m + hl.arange(block_m), columns, width, tma)
-            do_tile = load(do, b, h, m + hl.arange(block_m), columns, width, tma)
-            aug_tile = load(aug, b, h, m + hl.arange(block_m), hl.arange(16), 16, tma)
-            s = hl.dot(k_tile, q_tile.T, out_dtype=torch.float32)
-            s = hl.inline_triton(add, args=(of_lse, aug_tile, s), output_like=s)
-            dp = hl.dot(v_tile, do_tile.T, out_dtype=torch.float32)
-            dp = hl.inline_triton(add, args=(of_delta, aug_tile, dp), output_like=dp)
-            p = exp2(s * scale2)  # rows beyond M: 1, and then times 0
-            if masked:
-                first_row = start - step + hl.arange(block_n)
-                p = torch.where(hl.arange(block_m)[None, :] >= first_row[:, None], p, 0.0)
-            if of_kv:
-                dv_acc = hl.dot(p.to(v.dtype), do_tile, acc=dv_acc)
-            ds_tile = (p * dp).to(k.dtype)
-            if of_kv:
+            at = scalar("{0} * {1} + {2}", local, group, g).to(keys.dtype)
+            kept = scalar("({0} - {1}) * 128 + {2}", first, m_begin, step)
+            kept = [at, keys[:, None], (kept + hl.arange(block_m))[None, :]]
+            if of_v or keeps:
+                do_tile = load(do, b, h, m + hl.arange(block_m), columns, width, tma)
+                aug_tile = load(aug, b, h, m + hl.arange(block_m), hl.arange(16), 16, tma)
+                s = hl.dot(k_tile, q_tile.T, out_dtype=torch.float32)
+                s = hl.inline_triton(add, args=(of_lse, aug_tile, s), output_like=s)
+                dp = hl.dot(v_tile, do_tile.T, out_dtype=torch.float32)
+                dp = hl.inline_triton(add, args=(of_delta, aug_tile, dp), output_like=dp)
+                p = exp2(s * scale2)  # rows beyond M: 1, and then times 0
+                if masked:
+                    first_row = start - step + hl.arange(block_n)
+                    p = torch.where(hl.arange(block_m)[None, :] >= first_row[:, None], p, 0.0)
+                if of_v:
+                    dv_acc = hl.dot(p.to(v.dtype), do_tile, acc=dv_acc)
+                ds_tile = (p * dp).to(k.dtype)
+            else:
+                ds_tile = hl.load(ds, kept)
+            if of_k:
                 dk_acc = hl.dot(ds_tile, q_tile, acc=dk_acc)
-            if of_q:
-                at = scalar("{0} * {1} + {2}", local, group, g).to(keys.dtype)
-                m = scalar("({0} - {1}) * 128 + {2}", first, m_begin, step)
-                hl.store(ds, [at, keys[:, None], (m + hl.arange(block_m))[None, :]], ds_tile)
-        if of_kv:
+            if keeps:
+                hl.store(ds, kept, ds_tile)
+        if of_k or of_v:
             stored = (keys < N)[:, None] & (columns < scalar("{0} // 8 * 8", width))[None, :]
             b, hk = b.to(torch.int64), hk.to(torch.int64)
             place = [b, hk, keys[:, None], columns[None, :]]
-            hl.store(dk, place, (dk_acc * scale).to(dk.dtype), extra_mask=stored)
-            hl.store(dv, place, dv_acc.to(dv.dtype), extra_mask=stored)
+            if of_k:
+                hl.store(dk, place, (dk_acc * scale).to(dk.dtype), extra_mask=stored)
+            if of_v:
+                hl.store(dv, place, dv_acc.to(dv.dtype), extra_mask=stored)
     return dk
 
 
@@ -1021,27 +1029,29 @@ def _plan_gradients(q, k, v, out, do, with_dlse, is_causal, scale, of_q, of_kv):
     B, H, M, D = q.shape
     Hk, N = k.shape[1:3]
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
-    plan, plan_q = configs.best_gradient(capability, D, q.dtype)
+    plan, plan_q, plan_k = configs.best_gradient(capability, D, q.dtype)
     padded_m, padded_n = (triton.cdiv(x, 128) * 128 for x in (M, N))
     heads, rows = _parts(B * Hk, H // Hk, padded_m, padded_n, D, q.element_size())
     wide = _is_wide(q, k, v, out, do) or 16 * B * H * M >= 2**31 or heads * (H // Hk) * padded_n * rows >= 2**31
     if plan.kernel == "hopper_dkdv" and (wide or not of_kv):  # for ds alone Triton does not specialise
-        plan, plan_q = configs.GRADIENT_HOPPER[max(16, triton.next_power_of_2(D))]
+        plan, plan_q, plan_k = configs.GRADIENT_HOPPER[max(16, triton.next_power_of_2(D))]
     tma = plan.kernel == "hopper_dkdv"
     kernels = [_wide[x] if wide else x for x in (delta_kernel, dkdv_kernel, dq_kernel)]
     scale = D**-0.5 if scale is None else float(scale)
     divisor = scale if abs(scale) > 2.0**-60 else 2.0**-60  # with less, scores change nothing
     diagonal = _diagonal(is_causal, M, N)
     summed = of_kv and rows < padded_m
+    apart = of_kv and plan_k is not None  # dk from ds
     masked = diagonal < N
     delta = _prepare(kernels[0], plan_q, (1 / divisor, D), (64, with_dlse))
     parts = []
     for begin in range(0, B * Hk, heads):
         for m in range(0, padded_m, rows):
             some, m_range = min(heads, B * Hk - begin), (m // 128, min(m + rows, padded_m) // 128)
-            constants = plan.block_m, plan.block_n, masked, of_q, of_kv, summed, tma
             numbers = scale, divisor * LOG2E, D, diagonal, begin, some, *m_range
-            dkdv = _prepare(kernels[1], plan, numbers, constants)
+            launches = [(plan, (of_q or apart, of_kv and not apart, of_kv)), *[(plan_k, (False, True, False))] * apart]
+            dkdv = [_prepare(kernels[1], x, numbers, (x.block_m, x.block_n, masked, *what, summed, tma))
+                    for x, what in launches]  # fmt: skip
             group = H // Hk
             numbers = scale, D, diagonal, begin * group, some * group, *m_range
             run_dq = _prepare(kernels[2], plan_q, numbers, (plan_q.block_m, plan_q.block_n, masked))
@@ -1051,7 +1061,7 @@ def _plan_gradients(q, k, v, out, do, with_dlse, is_causal, scale, of_q, of_kv):
     def call(q, k, v, out, lse, do, dlse):
         with _scratch(q):
             aug = q.new_empty((B, H, M, 16), dtype=torch.bfloat16)
-            ds = q.new_empty((heads * (H // Hk), padded_n, rows) if of_q else (1, 128, 128))
+            ds = q.new_empty((heads * (H // Hk), padded_n, rows) if of_q or apart else (1, 128, 128))
             dq = _out_like(q) if of_q else None
             dk, dv = (_out_like(x) if of_kv else x for x in (k, v))
             parts_of = dk, dv
@@ -1062,7 +1072,8 @@ def _plan_gradients(q, k, v, out, do, with_dlse, is_causal, scale, of_q, of_kv):
                 q, k, v, do = (x.clone(memory_format=torch.contiguous_format) if copy else x
                                for x, copy in zip((q, k, v, do), copied))  # fmt: skip
             for dkdv, run_dq, some in parts:
-                dkdv(q, do, aug, k, v, *parts_of, ds)
+                for launch in dkdv:
+                    launch(q, do, aug, k, v, *parts_of, ds)
                 if of_q:
                     run_dq(dq, k, ds)
                 if summed:
