@@ -167,12 +167,15 @@ def patch_interpreter():
         data = convert_float(x.data, tl.bfloat16, tl.float32, None).view(np.float32)
         return interpreter.TensorHandle(data, tl.float32)
 
-    def round_to_bf16(self, asm, constraints, values, *rest):
-        """It has no inline assembly, and flash_attn.py two pieces: this, and one on barriers that are not here."""
-        assert "cvt.rn.bf16x2.f32" in asm or "mbarrier.inval" in asm, "another piece of assembly"
-        if "mbarrier.inval" in asm:
-            return mock.Mock(get_result=lambda i: values[0])
-        return mock.Mock(get_result=lambda i: widened(to_bf16(values[0].data)))
+    def assembly(self, asm, constraints, values, *rest):
+        """It has none, and flash_attn.py three pieces: a rounding, a load, and one on barriers that are not here."""
+        (x, *_), kinds = values, ("cvt.rn.bf16x2.f32", "ld.global.f32", "mbarrier.inval")
+        (kind,) = (kind for kind in kinds if kind in asm)
+        if kind == "cvt.rn.bf16x2.f32":
+            x = widened(to_bf16(x.data))
+        elif kind == "ld.global.f32":
+            x = self.create_load(interpreter.TensorHandle(x.data.astype(np.uint64), tl.pointer_type(tl.float32)), "", "", False)
+        return mock.Mock(get_result=lambda i: x)
 
     def multiply(self, a, b):  # only blackwell_kernel does it outside of a product
         product = create_fmul(self, widened(a), widened(b))
@@ -193,7 +196,7 @@ def patch_interpreter():
 
     interpreter._convert_float = convert_float
     create_fmul, create_dot, reduce = builder.create_fmul, builder.create_dot, interpreter.ReduceOps.apply_impl
-    builder.create_fmul, builder.create_inline_asm = multiply, round_to_bf16
+    builder.create_fmul, builder.create_inline_asm = multiply, assembly
     builder.create_dot = lambda self, a, b, *rest: create_dot(self, widened(a), widened(b), *rest)
     builder.get_bf16 = lambda self, value: to_bf16(np.float32([value]))
     interpreter.ReduceOps.apply_impl = reduce_fast
@@ -997,7 +1000,7 @@ def search(config, dtype, draws):
 def gradient_of(config):
     """Inside, the gradient of "hopper" runs with Hopper's plans, here too."""
     best = configs.best_gradient
-    of_hopper = lambda capability, *rest: best((9, 0) if config == "hopper" else capability, *rest)
+    of_hopper = lambda capability, *rest, **options: best((9, 0) if config == "hopper" else capability, *rest, **options)
     forget()
     with mock.patch.object(configs, "best_gradient", of_hopper):
         yield

@@ -165,6 +165,7 @@ def _gradient(dkdv, dq, dk=None):
     return plan("dkdv", *dkdv), plan("dq", *dq), plan("dkdv", *dk) if dk else None
 
 
+DELTA = Plan("delta", 64, 1, helion.Config(num_warps=8))
 # By machine code, too. float32 with D = 256 spills, whatever its tiles.
 GRADIENT = {d: _gradient((64, 64, 4, 2), (128, 64, 8, 2)) for d in (16, 32, 64)}
 GRADIENT |= {128: _gradient((64, 64, 8, 2), (128, 64, 8, 2)), 256: _gradient((32, 32, 8, 2), (64, 64, 8, 2))}
@@ -184,14 +185,18 @@ HOPPER_DKDV = Plan("hopper_dkdv", 64, 128, helion.Config(
     range_num_stages=[0, 2],
     range_warp_specializes=[None, True],
 ))  # fmt: skip
+HOPPER_DKDV_64 = Plan("hopper_dkdv", 128, 128, HOPPER_DKDV.config)
+HOPPER_DQ_64 = Plan("hopper_dq", 128, 128, helion.Config(
+    **{**HOPPER_DKDV.config.config, "indexing": "tensor_descriptor"}))  # fmt: skip
 
 
-def best_gradient(capability, head_dim, dtype):
+def best_gradient(capability, head_dim, dtype, specialised=SPECIALISED):
     """The Plans of dkdv_kernel and dq_kernel, and of dkdv_kernel for dk alone or None: arguments as above."""
     head_dim = max(16, 1 << (head_dim - 1).bit_length())
     if dtype == torch.float32:
         return GRADIENT_FLOAT32[head_dim]
     if capability != (9, 0):
         return GRADIENT[head_dim]
-    dkdv, dq, dk = GRADIENT_HOPPER[head_dim]
-    return HOPPER_DKDV if head_dim in (64, 128) and SPECIALISED else dkdv, dq, dk
+    if not specialised or head_dim not in (64, 128):
+        return GRADIENT_HOPPER[head_dim]
+    return (HOPPER_DKDV_64, HOPPER_DQ_64, None) if head_dim == 64 else (HOPPER_DKDV, *GRADIENT_HOPPER[128][1:])

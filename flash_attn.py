@@ -381,7 +381,7 @@ def _general_kernel(
 
 
 def _delta_kernel(
-    out: torch.Tensor, do: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor, aug: torch.Tensor,
+    out: torch.Tensor, do: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor, aug: torch.Tensor, delta: torch.Tensor,
     inverse: float, width: int, block_m: hl.constexpr, with_dlse: hl.constexpr,
 ) -> torch.Tensor:  # fmt: skip
     """aug: [B, H, M, 16], bfloat16: what a product with ones adds to a query's scores, -lse / scale, and to its
@@ -395,13 +395,14 @@ def _delta_kernel(
         inside = columns < scalar("{0} // 8 * 8", width)
         o_tile = hl.load(out, [b, h, tile_m.index[:, None], columns], extra_mask=inside).to(torch.float32)
         do_tile = hl.load(do, [b, h, tile_m.index[:, None], columns], extra_mask=inside).to(torch.float32)
-        delta = torch.sum(o_tile * do_tile, -1)
+        delta_tile = torch.sum(o_tile * do_tile, -1)
         if with_dlse:
-            delta = delta - dlse[b, h, tile_m]
+            delta_tile = delta_tile - dlse[b, h, tile_m]
+        delta[b, h, tile_m] = delta_tile
         lse_tile = lse[b, h, tile_m]
         lse_tile = torch.where(lse_tile == float("-inf"), 0.0, lse_tile)  # sees nothing: all is masked
         c = hl.arange(16)[None, :]
-        x = -torch.where(c < 3, (lse_tile * inverse)[:, None], delta[:, None])
+        x = -torch.where(c < 3, (lse_tile * inverse)[:, None], delta_tile[:, None])
         high = x.to(torch.bfloat16).to(torch.float32)
         middle = (x - high).to(torch.bfloat16).to(torch.float32)
         x = torch.where(c % 3 == 0, high, torch.where(c % 3 == 1, middle, x - high - middle))
@@ -434,10 +435,31 @@ def load_kept(x, strides, b, h, rows, columns, width, tma, tile, other):
     )
 
 
+def load_rows(x, strides, b, h, tile, block):
+    """x[b, h, rows] of a tile, float32, and beyond x its last row. By an instruction: a load of Triton's would go
+    to the warps that load, which cannot pass on what has one dimension."""
+    rows = torch.clamp(tile * block + hl.arange(block), max=x.size(2) - 1)
+    return hl.inline_triton(
+        "tl.inline_asm_elementwise('ld.global.f32 $0, [$1];', '=f,l', [({0} + tl.cast({1}, tl.int64) * {2}"
+        " + tl.cast({3}, tl.int64) * {4} + {5}).to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1)",
+        args=(x, b, strides[0], h, strides[1], rows),
+        output_like=hl.zeros([block], dtype=torch.float32),
+    )
+
+
+def order(w, heads, blocks, together):
+    """Head and tile of program w: the first tile of `together` heads, then their second and so on, then as many more."""
+    before = scalar("{0} // ({1} * {2}) * {2}", w, blocks, together)
+    some = scalar("tl.minimum({0}, {1} - {2})", together, heads, before)
+    rest = scalar("{0} - {1} * {2}", w, before, blocks)
+    tile = scalar("{0} // {1}", rest, some)
+    return scalar("{0} + {1} - {2} * {3}", before, rest, tile, some), tile
+
+
 def _dkdv_kernel(
     q: torch.Tensor, do: torch.Tensor, aug: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     dk: torch.Tensor, dv: torch.Tensor, ds: torch.Tensor, scale: float, scale2: float, width: int,
-    diagonal: int, begin: int, heads: int, m_begin: int, m_end: int, block_m: hl.constexpr,
+    diagonal: int, begin: int, heads: int, together: int, m_begin: int, m_end: int, block_m: hl.constexpr,
     block_n: hl.constexpr, masked: hl.constexpr, keeps: hl.constexpr, of_k: hl.constexpr, of_v: hl.constexpr,
     summed: hl.constexpr, tma: hl.constexpr,
 ) -> torch.Tensor:  # fmt: skip
@@ -457,12 +479,7 @@ def _dkdv_kernel(
     group = H // Hk
     blocks = (N + block_n - 1) // block_n
     for w in hl.grid(heads * blocks):
-        if masked:  # first the keys that most queries see, of all heads
-            tile = scalar("{0} // {1}", w, heads)
-            local = scalar("{0} - {1} * {2}", w, tile, heads)
-        else:  # the tiles of a head together: they read the same queries
-            local = scalar("{0} // {1}", w, blocks)
-            tile = scalar("{0} - {1} * {2}", w, local, blocks)
+        local, tile = order(w, heads, blocks, together)  # first the keys that most queries see
         b = scalar("({0} + {1}) // {2}", begin, local, Hk)
         hk = scalar("{0} + {1} - {2} * {3}", begin, local, b, Hk)
         keys, columns = (tile + 1) * block_n + (hl.arange(block_n) - block_n), hl.arange(D)
@@ -521,8 +538,7 @@ def _dkdv_kernel(
 
 def _dq_kernel(
     dq: torch.Tensor, k: torch.Tensor, ds: torch.Tensor, scale: float, width: int, diagonal: int,
-    begin: int, heads: int, m_begin: int, m_end: int, block_m: hl.constexpr, block_n: hl.constexpr,
-    masked: hl.constexpr,
+    begin: int, heads: int, together: int, m_begin: int, m_end: int, block_m: hl.constexpr, block_n: hl.constexpr,
 ) -> torch.Tensor:  # fmt: skip
     """dq of a tile of queries, from what dkdv_kernel kept. Arguments as there; its heads are heads of q."""
     B, H, M, D = dq.size()
@@ -531,13 +547,9 @@ def _dq_kernel(
     group = H // Hk
     blocks = ((m_end - m_begin) * 128 + block_m - 1) // block_m
     for w in hl.grid(heads * blocks):
-        if masked:  # first the queries that see most keys, of all heads
-            back = scalar("{0} // {1}", w, heads)
-            local = scalar("{0} - {1} * {2}", w, back, heads)
-        else:  # first the head whose ds was written last, and may still be in L2
-            turn = scalar("{0} // {1}", w, blocks)
-            back = scalar("{0} - {1} * {2}", w, turn, blocks)
-            local = scalar("{0} - 1 - {1}", heads, turn)
+        # First the heads whose ds was written last, and may still be in L2, and the queries that see most keys.
+        turn, back = order(w, heads, blocks, together)
+        local = scalar("{0} - 1 - {1}", heads, turn)
         b = scalar("({0} + {1}) // {2}", begin, local, H)
         h = scalar("{0} + {1} - {2} * {3}", begin, local, b, H)
         hk = scalar("{0} // {1}", h, group)
@@ -557,6 +569,56 @@ def _dq_kernel(
     return dq
 
 
+def _hopper_dq_kernel(
+    dq: torch.Tensor, q: torch.Tensor, do: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor, k: torch.Tensor,
+    v: torch.Tensor, scale: float, scale2: float, width: int, diagonal: int, together: int, block_m: hl.constexpr,
+    block_n: hl.constexpr, masked: hl.constexpr,
+) -> torch.Tensor:  # fmt: skip
+    """dq where ds is not kept: two products more, but for small D less than the traffic. In hopper_kernel's order:
+    the product of the previous tile's ds and k is issued behind those of this tile, and what the last tile has too
+    much is masked behind the loop, but where masked says that others have, too."""
+    B, H, M, D = dq.size()
+    Hk, N = k.size(1), k.size(2)
+    D = hl.specialize(D)
+    q_strides, do_strides, lse_strides = q.stride(), do.stride(), lse.stride()
+    group = H // Hk
+    blocks = (M + block_m - 1) // block_m
+    for w in hl.grid(B * H * blocks):
+        bh, back = order(w, B * H, blocks, together)
+        b = scalar("{0} // {1}", bh, H)
+        h = scalar("{0} - {1} * {2}", bh, b, H)
+        hk = scalar("{0} // {1}", h, group)
+        tile = scalar("{0} - 1 - {1}", blocks, back)  # first those that see most keys
+        rows, columns = (tile + 1) * block_m + (hl.arange(block_m) - block_m), hl.arange(D)
+        last = torch.clamp(rows + diagonal, max=N - 1)
+        end = scalar("tl.cdiv(tl.minimum({0}, tl.maximum(0, ({1} + 1) * {2} + {3})), {4}) * {4}",
+                     N, tile, block_m, diagonal, block_n)  # fmt: skip
+        q_tile = load_kept(q, q_strides, b, h, rows, columns, width, True, tile, w)
+        do_tile = load_kept(do, do_strides, b, h, rows, columns, width, True, tile, 2 * w)
+        lse_tile = load_rows(lse, lse_strides, b, h, tile, block_m) * LOG2E
+        delta_tile = load_rows(delta, lse_strides, b, h, tile, block_m)
+        acc = hl.zeros([block_m, D], dtype=torch.float32)
+        ds = hl.zeros([block_m, block_n], dtype=torch.float32)
+        for n in hl.grid(0, end, block_n):
+            before = scalar("tl.maximum({0} - {1}, 0)", n, block_n)
+            ds_tile = ds.to(k.dtype)
+            k_before = k[b, hk, before + hl.arange(block_n), :]
+            s = hl.dot(q_tile, k[b, hk, n + hl.arange(block_n), :].T, out_dtype=torch.float32)
+            dp = hl.dot(do_tile, v[b, hk, n + hl.arange(block_n), :].T, out_dtype=torch.float32)
+            x = s * scale2 - lse_tile[:, None]
+            if masked:
+                x = torch.where(hl.arange(block_n)[None, :] <= (last - n)[:, None], x, float("-inf"))
+            acc = hl.dot(ds_tile, k_before, acc=acc)
+            ds = exp2(x) * (dp - delta_tile[:, None])
+        at = end - block_n
+        ds = torch.where((at + hl.arange(block_n))[None, :] <= last[:, None], ds, 0.0)
+        acc = hl.dot(ds.to(k.dtype), k[b, hk, at + hl.arange(block_n), :], acc=acc)
+        stored = (rows < M)[:, None] & (columns < scalar("{0} // 8 * 8", width))[None, :]
+        b, h = b.to(torch.int64), h.to(torch.int64)
+        hl.store(dq, [b, h, rows[:, None], columns[None, :]], (acc * scale).to(dq.dtype), extra_mask=stored)
+    return dq
+
+
 # ---- The launch ----------------------------------------------------------------------------------
 # helion 1.5.1 offers warp specialisation on sm_100 and up only, though Triton does it for sm_90, too:
 # here it is offered where a Config asks for it, and to others as before.
@@ -567,7 +629,7 @@ loops._supports_warp_specialize = lambda: getattr(_binding, "hopper", False) or 
 # "tf32x3": float32 inputs are multiplied as three tf32 products each, which keeps float32's precision
 # on tensor cores. It does not touch bf16 and fp16. index_dtype: what tensors of 2^31 elements need.
 _kernel = functools.partial(helion.kernel, static_shapes=False, dot_precision="tf32x3")
-hopper_kernel = _kernel(_hopper_kernel)
+hopper_kernel, hopper_dq_kernel = _kernel(_hopper_kernel), _kernel(_hopper_dq_kernel)
 general_kernel, delta_kernel, dkdv_kernel, dq_kernel = map(
     _kernel, (_general_kernel, _delta_kernel, _dkdv_kernel, _dq_kernel)
 )
@@ -577,9 +639,10 @@ _wide = {x: _kernel(x.fn, index_dtype=torch.int64) for x in (general_kernel, del
 _TAKES = {
     _general_kernel: ("qkkql", (0.5, 5, 3)),
     _hopper_kernel: ("qkkql", (0.5, 5, 3, 7, 9)),
-    _delta_kernel: ("qqlla", (0.5, 5)),
-    _dkdv_kernel: ("qqakkdds", (0.5, 0.5, 5, 3, 7, 9, 11, 13)),
-    _dq_kernel: ("qks", (0.5, 5, 3, 7, 9, 11, 13)),
+    _delta_kernel: ("qqllal", (0.5, 5)),
+    _dkdv_kernel: ("qqakkdds", (0.5, 0.5, 5, 3, 7, 9, 11, 13, 15)),
+    _dq_kernel: ("qks", (0.5, 5, 3, 7, 9, 11, 13, 15)),
+    _hopper_dq_kernel: ("qqqllkk", (0.5, 0.5, 5, 3, 7)),
 }
 
 CALLS = 1024  # how many prepared calls are kept
@@ -638,7 +701,7 @@ def _prepare(kernel, plan, numbers, constants):
             compiled(all_programs, *arguments)
         else:
             # No integer is compiled in, as 1 or as a multiple of 16, but the strides that `aligned` is about.
-            strides = lambda name: "_stride_" in name and name.split("_")[0] not in ("lse", "dlse")
+            strides = lambda name: "_stride_" in name and name.split("_")[0] not in ("lse", "dlse", "delta")
             plain = [
                 p.name for p, x in zip(triton_kernel.params, arguments)
                 if isinstance(x, int) and not p.is_constexpr and not (aligned and strides(p.name))
@@ -1029,53 +1092,66 @@ def _plan_gradients(q, k, v, out, do, with_dlse, is_causal, scale, of_q, of_kv):
     B, H, M, D = q.shape
     Hk, N = k.shape[1:3]
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
-    plan, plan_q, plan_k = configs.best_gradient(capability, D, q.dtype)
+    best = functools.partial(configs.best_gradient, capability, D, q.dtype)
+    plan, plan_q, plan_k = best()
     padded_m, padded_n = (triton.cdiv(x, 128) * 128 for x in (M, N))
-    heads, rows = _parts(B * Hk, H // Hk, padded_m, padded_n, D, q.element_size())
-    wide = _is_wide(q, k, v, out, do) or 16 * B * H * M >= 2**31 or heads * (H // Hk) * padded_n * rows >= 2**31
-    if plan.kernel == "hopper_dkdv" and (wide or not of_kv):  # for ds alone Triton does not specialise
-        plan, plan_q, plan_k = configs.GRADIENT_HOPPER[max(16, triton.next_power_of_2(D))]
+    group = H // Hk
+    heads, rows = _parts(B * Hk, group, padded_m, padded_n, D, q.element_size())
+    wide = _is_wide(q, k, v, out, do) or 16 * B * H * M >= 2**31 or heads * group * padded_n * rows >= 2**31
+    kept = plan_q.kernel == "dq" or wide
+    if not kept:
+        heads, rows = B * Hk, padded_m
+    elif wide or not of_kv:  # for ds alone Triton does not specialise
+        plan, plan_q, plan_k = best(specialised=False)
     tma = plan.kernel == "hopper_dkdv"
     kernels = [_wide[x] if wide else x for x in (delta_kernel, dkdv_kernel, dq_kernel)]
     scale = D**-0.5 if scale is None else float(scale)
     divisor = scale if abs(scale) > 2.0**-60 else 2.0**-60  # with less, scores change nothing
     diagonal = _diagonal(is_causal, M, N)
-    summed = of_kv and rows < padded_m
-    apart = of_kv and plan_k is not None  # dk from ds
-    masked = diagonal < N
-    delta = _prepare(kernels[0], plan_q, (1 / divisor, D), (64, with_dlse))
+    masked, summed = diagonal < N, of_kv and rows < padded_m
+    # Which heads take turns, where the first tiles have more to do: the fewer, the more they find in L2.
+    together = 1 if not masked else heads if kept else triton.cdiv(2**15, N)
+    apart = of_kv and plan_k is not None
+    keeps = kept and of_q or apart
+    launches = [(plan, (keeps, of_kv and not apart, of_kv))] if keeps or of_kv else []
+    launches += [(plan_k, (False, True, False))] if apart else []
+    run_delta = _prepare(kernels[0], configs.DELTA, (1 / divisor, D), (configs.DELTA.block_m, with_dlse))
     parts = []
     for begin in range(0, B * Hk, heads):
         for m in range(0, padded_m, rows):
             some, m_range = min(heads, B * Hk - begin), (m // 128, min(m + rows, padded_m) // 128)
-            numbers = scale, divisor * LOG2E, D, diagonal, begin, some, *m_range
-            launches = [(plan, (of_q or apart, of_kv and not apart, of_kv)), *[(plan_k, (False, True, False))] * apart]
-            dkdv = [_prepare(kernels[1], x, numbers, (x.block_m, x.block_n, masked, *what, summed, tma))
+            numbers = scale, divisor * LOG2E, D, diagonal, begin, some, together, *m_range
+            runs = [_prepare(kernels[1], x, numbers, (x.block_m, x.block_n, masked, *what, summed, tma))
                     for x, what in launches]  # fmt: skip
-            group = H // Hk
-            numbers = scale, D, diagonal, begin * group, some * group, *m_range
-            run_dq = _prepare(kernels[2], plan_q, numbers, (plan_q.block_m, plan_q.block_n, masked))
-            parts.append((dkdv, run_dq, slice(begin, begin + some)))
+            turns, tiles = together * group if masked else 1, (plan_q.block_m, plan_q.block_n)
+            if kept:
+                numbers = scale, D, diagonal, begin * group, some * group, turns, *m_range
+                run_dq = _prepare(kernels[2], plan_q, numbers, tiles)
+            else:
+                numbers, cut = (scale, divisor * LOG2E, D, diagonal, turns), masked and diagonal % plan_q.block_n > 0
+                run_dq = _prepare(hopper_dq_kernel, plan_q, numbers, (*tiles, cut))
+            parts.append((runs, run_dq, slice(begin, begin + some)))
     copied = [tma and not _readable_by_tma(x) for x in (q, k, v, do)]
 
     def call(q, k, v, out, lse, do, dlse):
         with _scratch(q):
-            aug = q.new_empty((B, H, M, 16), dtype=torch.bfloat16)
-            ds = q.new_empty((heads * (H // Hk), padded_n, rows) if of_q or apart else (1, 128, 128))
+            aug, delta = q.new_empty((B, H, M, 16), dtype=torch.bfloat16), _lse_like(q)
+            ds = q.new_empty((heads * group, padded_n, rows) if keeps else (1, 128, 128))
             dq = _out_like(q) if of_q else None
             dk, dv = (_out_like(x) if of_kv else x for x in (k, v))
             parts_of = dk, dv
             if summed:
                 dk, dv, *parts_of = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v, k, v))
-            delta(out, do, lse, lse if dlse is None else dlse.contiguous(), aug)
+            lse = lse.contiguous()
+            run_delta(out, do, lse, lse if dlse is None else dlse.contiguous(), aug, delta)
             if any(copied):
                 q, k, v, do = (x.clone(memory_format=torch.contiguous_format) if copy else x
                                for x, copy in zip((q, k, v, do), copied))  # fmt: skip
-            for dkdv, run_dq, some in parts:
-                for launch in dkdv:
-                    launch(q, do, aug, k, v, *parts_of, ds)
+            for runs, run_dq, some in parts:
+                for run in runs:
+                    run(q, do, aug, k, v, *parts_of, ds)
                 if of_q:
-                    run_dq(dq, k, ds)
+                    run_dq(dq, k, ds) if kept else run_dq(dq, q, do, lse, delta, k, v)
                 if summed:
                     for total, part in zip((dk, dv), parts_of):
                         total.flatten(0, 1)[some] += part.flatten(0, 1)[some]
