@@ -1013,7 +1013,8 @@ def gradients(config, kind, dtype):
     kept = 2**17 if kind == "dense" else 1  # whole heads at a time, one after the other; or some queries of one
     with gradient_of(config), mock.patch.object(flash_attn, "KEPT", kept):
         for H, heads, M, N, dim in ((2, 2, 128, 256, D), (4, 2, 150, 300, D), (4, 1, 129, 200, 72), (10, 5, 200, 140, 16),
-                                    (2, 2, 1, 200, D), (1, 1, 200, 209, 128), (1, 1, 200, 209, 256)):  # fmt: skip
+                                    (6, 2, 260, 133, 40), (2, 2, 256, 256, 64), (2, 2, 1, 200, D), (1, 1, 200, 209, 128),
+                                    (1, 1, 200, 209, 256)):  # fmt: skip
             if dim > 128 and kind == "lower_right":
                 continue  # as upper_left, and slow
             options = dict(is_causal=is_causal, config=NAMED[config if dim <= 128 or config != "hopper" else "hopper_256"])
@@ -1324,16 +1325,17 @@ def hopper_variants(name):
 
 def best_specialised(head_dim):
     """On sm_90, with a Triton of configs.SPECIALISED: the forward is specialised, also where lse is exact, and so is
-    the gradient's first kernel, but for D = 256."""
+    the gradient, but for D = 256; up to 128 all that computes p, which is for D = 64 the last kernel, too."""
     general = configs.hopper_general(head_dim), 90, head_dim
     many, few = (None, 90, head_dim), (None, 90, head_dim, "bfloat16", False, 1, 200, 4096)  # queries; many keys
     of_gradient = [("gradient", 90, head_dim, *case) for case in VARIANTS["gradient"]]
     jobs = [general, *of_gradient] if head_dim > 64 else [general, many, few, *of_gradient]
-    codes, widest = dict(zip(jobs, compile_in_child(jobs))), 384 if head_dim < 256 else 256
+    codes, of_p = dict(zip(jobs, compile_in_child(jobs))), {64: [384, 384], 128: [384, 256], 256: [256, 256, 256]}
     for job, code in codes.items():
         fits(job, code)
     for code in map(codes.get, of_gradient):
-        assert code["threads"] == 384 and max(x["threads"] for x in code["then"]) == widest, code
+        threads = [x["threads"] for x in code["then"] if x["instruction"] != "none"][-len(of_p[head_dim]) :]
+        assert code["threads"] == 384 and threads == of_p[head_dim], code
     if head_dim == 64:  # HOPPER_64, and HOPPER, which takes more shared memory
         assert codes[many]["shared"] < codes[few]["shared"], ("the same tiles for both", codes[many], codes[few])
     return f"{len(codes)} of them fit, none spills data"
