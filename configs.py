@@ -159,13 +159,14 @@ def best(capability, head_dim, dtype, heads, M, N):
 
 
 def _gradient(dkdv, dq, dk=None):
-    """The Plans of dkdv_kernel and dq_kernel, each from queries a tile, keys a tile, warps, stages; and that of
-    dkdv_kernel for dk, where it leaves that to a launch of its own, or None."""
+    """The Plans of dkdv_kernel and dq_kernel, each from queries a tile, keys a tile, warps, stages; and of dkdv_kernel
+    for dk alone, where the first one leaves that to it, or None."""
     plan = lambda name, m, n, warps, stages: Plan(name, m, n, helion.Config(num_stages=stages, num_warps=warps))
     return plan("dkdv", *dkdv), plan("dq", *dq), plan("dkdv", *dk) if dk else None
 
 
-DELTA = Plan("delta", 64, 1, helion.Config(num_warps=8))
+DELTA = Plan("delta", 64, 0, helion.Config(num_warps=8))  # it reads no keys
+
 # By machine code, too. float32 with D = 256 spills, whatever its tiles.
 GRADIENT = {d: _gradient((64, 64, 4, 2), (128, 64, 8, 2)) for d in (16, 32, 64)}
 GRADIENT |= {128: _gradient((64, 64, 8, 2), (128, 64, 8, 2)), 256: _gradient((32, 32, 8, 2), (64, 64, 8, 2))}
@@ -174,7 +175,7 @@ GRADIENT_HOPPER |= {256: _gradient((64, 128, 8, 1), (128, 64, 8, 4), (64, 128, 8
 GRADIENT_FLOAT32 = {d: _gradient((32, 32, 4, 1), (32, 32, 4, 1)) for d in (16, 32, 64)}
 GRADIENT_FLOAT32 |= {128: _gradient((32, 16, 8, 1), (32, 32, 8, 1)), 256: _gradient((16, 16, 8, 1), (32, 32, 8, 1))}
 
-# Hopper, bf16 and fp16, D from 40 to 128: loads of q, do and aug by TMA, the rest by pointers; warps as in
+# Hopper, bf16 and fp16, D from 72 to 128: loads of q, do and aug by TMA, the rest by pointers; warps as in
 # HOPPER, but one tile a program: k and v stay in shared memory until it ends, so nothing could be loaded ahead.
 HOPPER_DKDV = Plan("hopper_dkdv", 64, 128, helion.Config(
     host_tensor_descriptors=True,
@@ -185,18 +186,21 @@ HOPPER_DKDV = Plan("hopper_dkdv", 64, 128, helion.Config(
     range_num_stages=[0, 2],
     range_warp_specializes=[None, True],
 ))  # fmt: skip
+# D from 40 to 64: ds, which is as large as for D = 128, is not kept, but computed again for dq.
 HOPPER_DKDV_64 = Plan("hopper_dkdv", 128, 128, HOPPER_DKDV.config)
 HOPPER_DQ_64 = Plan("hopper_dq", 128, 128, helion.Config(
     **{**HOPPER_DKDV.config.config, "indexing": "tensor_descriptor"}))  # fmt: skip
 
 
 def best_gradient(capability, head_dim, dtype, specialised=SPECIALISED):
-    """The Plans of dkdv_kernel and dq_kernel, and of dkdv_kernel for dk alone or None: arguments as above."""
+    """The Plans of dkdv_kernel, of dq_kernel or hopper_dq_kernel, and of dkdv_kernel for dk alone or None: arguments
+    as above. specialised: Hopper's warp specialisation may be taken."""
     head_dim = max(16, 1 << (head_dim - 1).bit_length())
     if dtype == torch.float32:
         return GRADIENT_FLOAT32[head_dim]
     if capability != (9, 0):
         return GRADIENT[head_dim]
-    if not specialised or head_dim not in (64, 128):
-        return GRADIENT_HOPPER[head_dim]
-    return (HOPPER_DKDV_64, HOPPER_DQ_64, None) if head_dim == 64 else (HOPPER_DKDV, *GRADIENT_HOPPER[128][1:])
+    if specialised and head_dim == 64:
+        return HOPPER_DKDV_64, HOPPER_DQ_64, None
+    dkdv, dq, dk = GRADIENT_HOPPER[head_dim]
+    return HOPPER_DKDV if specialised and head_dim == 128 else dkdv, dq, dk

@@ -376,8 +376,9 @@ def _general_kernel(
 
 # ---- The gradient --------------------------------------------------------------------------------
 # p = exp(scale q k^T - lse), dv = p^T do, ds = p (do v^T - delta), dk = scale ds^T q, dq = scale ds k
-# (FlashAttention-2, algorithm 2). Five products: dkdv_kernel keeps ds, and dq_kernel multiplies it. Each
-# gradient is summed by one program in one order: the same bits each run.
+# (FlashAttention-2, algorithm 2). Five products: dkdv_kernel keeps ds, and dq_kernel multiplies it. Seven for small D
+# on Hopper, where s and dp are sooner computed twice than ds is written and read. Each gradient is summed by one
+# program in one order: the same bits each run.
 
 
 def _delta_kernel(
@@ -448,7 +449,7 @@ def load_rows(x, strides, b, h, tile, block):
 
 
 def order(w, heads, blocks, together):
-    """Head and tile of program w: the first tile of `together` heads, then their second and so on, then as many more."""
+    """Head and tile of program w: the first tile of each of `together` heads, their second and so on, then more heads."""
     before = scalar("{0} // ({1} * {2}) * {2}", w, blocks, together)
     some = scalar("tl.minimum({0}, {1} - {2})", together, heads, before)
     rest = scalar("{0} - {1} * {2}", w, before, blocks)
@@ -468,9 +469,9 @@ def _dkdv_kernel(
 
     ds: [heads * H / Hk, N, M] for `heads` of the B * Hk heads of keys, from `begin` on, and for the queries
     from 128 m_begin to 128 m_end, N and M as multiples of 128. scale2: scale * log2(e).
-    keeps: ds is written. of_k, of_v: dk and dv are computed; dk alone from ds that a launch before this one has kept,
-    as where D = 256, whose two sums leave no registers for large tiles. summed: they are float32, to be summed over
-    the queries. tma: everything is read by TMA, as hopper_kernel does.
+    keeps: ds is written. of_k, of_v: dk and dv are computed; dk alone from what the launch before has kept, where two
+    sums would leave no registers for large tiles. summed: they are float32, to be summed over the queries. tma:
+    everything is read by TMA, as hopper_kernel does.
     """
     B, H, M, _ = q.size()
     Hk, N = k.size(1), k.size(2)
@@ -503,8 +504,8 @@ def _dkdv_kernel(
             m = scalar("{0} * 128 + {1}", first, step)
             q_tile = load(q, b, h, m + hl.arange(block_m), columns, width, tma)
             at = scalar("{0} * {1} + {2}", local, group, g).to(keys.dtype)
-            kept = scalar("({0} - {1}) * 128 + {2}", first, m_begin, step)
-            kept = [at, keys[:, None], (kept + hl.arange(block_m))[None, :]]
+            kept_m = scalar("({0} - {1}) * 128 + {2}", first, m_begin, step)
+            kept = [at, keys[:, None], (kept_m + hl.arange(block_m))[None, :]]
             if of_v or keeps:
                 do_tile = load(do, b, h, m + hl.arange(block_m), columns, width, tma)
                 aug_tile = load(aug, b, h, m + hl.arange(block_m), hl.arange(16), 16, tma)
@@ -574,9 +575,8 @@ def _hopper_dq_kernel(
     v: torch.Tensor, scale: float, scale2: float, width: int, diagonal: int, together: int, block_m: hl.constexpr,
     block_n: hl.constexpr, masked: hl.constexpr,
 ) -> torch.Tensor:  # fmt: skip
-    """dq where ds is not kept: two products more, but for small D less than the traffic. In hopper_kernel's order:
-    the product of the previous tile's ds and k is issued behind those of this tile, and what the last tile has too
-    much is masked behind the loop, but where masked says that others have, too."""
+    """dq where ds is not kept. In hopper_kernel's order: the product of the previous tile's ds and k is issued behind
+    s and dp of this one. What the last tile has too much is masked behind the loop; masked: others have, too."""
     B, H, M, D = dq.size()
     Hk, N = k.size(1), k.size(2)
     D = hl.specialize(D)
@@ -1109,8 +1109,8 @@ def _plan_gradients(q, k, v, out, do, with_dlse, is_causal, scale, of_q, of_kv):
     divisor = scale if abs(scale) > 2.0**-60 else 2.0**-60  # with less, scores change nothing
     diagonal = _diagonal(is_causal, M, N)
     masked, summed = diagonal < N, of_kv and rows < padded_m
-    # Which heads take turns, where the first tiles have more to do: the fewer, the more they find in L2.
-    together = 1 if not masked else heads if kept else triton.cdiv(2**15, N)
+    # Heads whose first tiles, which have most to do, come first: all of a launch, or as many as `_parts` has at least.
+    together = 1 if not masked else heads if kept else min(heads, triton.cdiv(2**15, N))
     apart = of_kv and plan_k is not None
     keeps = kept and of_q or apart
     launches = [(plan, (keeps, of_kv and not apart, of_kv))] if keeps or of_kv else []
@@ -1294,7 +1294,8 @@ def flash_attention(q, k, v, *, is_causal=False, scale=None, enable_gqa=False, r
     the same, bit for bit.
     Differentiable once, with respect to q, k, v, out and lse, and the same bits at every run. The gradient takes
     about 1 GB for a while: less where all scores take less; where one head's take more, 16 bytes more for each
-    element of k and v, and as much as the scores of 128 queries of a group of heads.
+    element of k and v, and as much as the scores of 128 queries of a group of heads. With D from 40 to 64 in 16
+    bits on Hopper it takes next to nothing.
     Tensors are read where they are, heads of k and v that are one head expanded, too. Only what TMA
     cannot read, rows that are not contiguous or do not start at multiples of 16 bytes, and a batch that
     is expanded, is copied, for hopper_kernel; and q in [B, S, H, D], where that fills D up with zeros.
