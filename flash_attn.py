@@ -647,6 +647,7 @@ _TAKES = {
 
 CALLS = 1024  # how many prepared calls are kept
 KEPT = 2**30  # bytes of ds that the gradient keeps at a time
+BUSY = 2**15  # keys of it at a time, of all heads: 256 tiles, two for each SM
 L2 = 2**25  # bytes of it that may hold what is read again; an H100 has 50 MB
 _lock = threading.RLock()
 _compiled = {}  # {(kernel, plan, constants, dtype, head dim, device, aligned): Triton's kernel}
@@ -1079,10 +1080,10 @@ def _eager(q, k, v, is_causal, scale, enable_gqa, config, exact_lse):
 def _parts(heads, group, M, N, D, size):
     """How the heads of keys and the queries are divided, so that ds takes about KEPT bytes: heads and queries
     at a time. So many heads as have q and do in L2 together, where each tile of keys reads them again, all
-    queries of them; but as many as have 256 tiles of keys, two for each SM."""
+    queries of them; but as many as have BUSY keys."""
     a_query = group * N * size
     whole = min(KEPT // (a_query * M), L2 // (2 * group * M * D * size))
-    some = min(heads, max(1, whole, min(triton.cdiv(2**15, N), KEPT // (a_query * 128))))
+    some = min(heads, max(1, whole, min(triton.cdiv(BUSY, N), KEPT // (a_query * 128))))
     some = triton.cdiv(heads, triton.cdiv(heads, some))
     return some, min(M, max(128, KEPT // (a_query * some) // 128 * 128))
 
@@ -1109,8 +1110,8 @@ def _plan_gradients(q, k, v, out, do, with_dlse, is_causal, scale, of_q, of_kv):
     divisor = scale if abs(scale) > 2.0**-60 else 2.0**-60  # with less, scores change nothing
     diagonal = _diagonal(is_causal, M, N)
     masked, summed = diagonal < N, of_kv and rows < padded_m
-    # Heads whose first tiles, which have most to do, come first: all of a launch, or as many as `_parts` has at least.
-    together = 1 if not masked else heads if kept else min(heads, triton.cdiv(2**15, N))
+    # Heads whose first tiles, which have most to do, come first: all of a launch, or as many as have BUSY keys.
+    together = 1 if not masked else heads if kept else min(heads, triton.cdiv(BUSY, N))
     apart = of_kv and plan_k is not None
     keeps = kept and of_q or apart
     launches = [(plan, (keeps, of_kv and not apart, of_kv))] if keeps or of_kv else []
