@@ -108,11 +108,12 @@ def compiled():
 
 def launches(config, q, k, v, is_causal):
     """Call what flash_attention calls with fake tensors; "gradient" for config is also its gradient."""
+    grouped = k.size(1) < q.size(1)
     if config == "gradient":
-        _, lse = flash_attn._eager(q, k, v, is_causal, None, False, None, True)
+        _, lse = flash_attn._eager(q, k, v, is_causal, None, grouped, None, True)
         flash_attn._gradients(q, k, v, q, lse, q, None, is_causal, None, True, True)
     else:
-        flash_attn._eager(q, k, v, is_causal, None, k.size(1) < q.size(1), config, False)
+        flash_attn._eager(q, k, v, is_causal, None, grouped, config, False)
 
 
 def opcheck(q, k, v):
@@ -595,7 +596,7 @@ def padded_head_dims(config, dtype):
         line = compare(*(x[:, :1] for x in (out, q, k, v)), is_causal=True)
         q, k, v = make((1, 2, 150, dim), dtype, 200)
         one = torch.cat([q, q.new_full((1, 2, 150, 40), math.nan)], -1)[:, :, :1, :dim]  # beside it what nobody may read
-        for q in (q, one):
+        for q in (q, one, one[:, :, :1].expand_as(q)):
             compare(flash_attention(q, k, v, config=NAMED[config]), q, k, v)
     return line
 
@@ -1013,14 +1014,15 @@ def gradients(config, kind, dtype):
     is_causal = CAUSAL[kind]
     kept = 2**17 if kind == "dense" else 1  # whole heads at a time, one after the other; or some queries of one
     with gradient_of(config), mock.patch.object(flash_attn, "KEPT", kept):
-        for H, heads, M, N, dim in ((2, 2, 128, 256, D), (4, 2, 150, 300, D), (4, 1, 129, 200, 72), (10, 5, 200, 140, 16),
-                                    (6, 3, 260, 133, 40), (2, 2, 256, 256, 64), (2, 2, 1, 200, D), (1, 1, 200, 209, 128),
-                                    (1, 1, 200, 209, 256)):  # fmt: skip
+        for B, H, heads, M, N, dim in ((1, 2, 2, 128, 256, D), (2, 4, 2, 150, 300, D), (1, 4, 1, 129, 200, 72),
+                                       (1, 10, 5, 200, 140, 16), (1, 3, 1, 260, 133, 40), (1, 2, 2, 256, 256, 64),
+                                       (1, 2, 2, 1, 200, D), (1, 1, 1, 200, 209, 128), (1, 1, 1, 200, 209, 256)):  # fmt: skip
             if dim > 128 and kind == "lower_right":
                 continue  # as upper_left, and slow
             options = dict(is_causal=is_causal, config=NAMED[config if dim <= 128 or config != "hopper" else "hopper_256"])
-            qkv = [bshd(x) for x in make((1, H, M, dim), dtype, N, heads)]
-            with mock.patch.object(flash_attn, "BUSY", 2 * N):  # two heads at a time
+            layout = bshd if dim != 40 else lambda x: x.mT.contiguous().mT  # which TMA does not read
+            qkv = [layout(x) for x in make((B, H, M, dim), dtype, N, heads)]
+            with mock.patch.object(flash_attn, "BUSY", 3 * N):  # three heads at a time
                 line = compare_gradients(qkv, options, with_lse=M not in (1, 128), scale={1: -0.3, 128: 0.3}.get(M))
     return line
 
@@ -1043,19 +1045,28 @@ def saved_lse(config):
     return compare(out, q, k, v, lse=lse)
 
 
-def asked_for():
-    """No gradient is computed that nobody asked for, as the kernels tell that are compiled."""
-    q, k, v = make((1, 2, 140, D), "float16")
+def asked_for(config, dim):
+    """No gradient is computed that nobody asked for, as the kernels tell that are compiled; the others are as they
+    are together. out's gradient is one number, expanded; q, k and v stay as they are."""
+    q, k, v = make((1, 2, 140, dim), "float16")
+    copies = [x.clone() for x in (q, k, v)]
 
-    def kernels(*which):
+    def found(*which):
         forget()
         leaves = [x.detach().requires_grad_(i in which) for i, x in enumerate((q, k, v))]
         names, _ = bound(lambda: flash_attention(*leaves).sum().backward())
         assert [x.grad is not None for x in leaves] == [i in which for i in range(3)]
-        return names
+        return names, [x.grad for x in leaves]
 
-    of_q, of_k, of_v, of_all = kernels(0), kernels(1), kernels(2), kernels(0, 1, 2)
-    assert of_q == of_all and of_k == of_v < of_all, (of_q, of_k, of_v, of_all)
+    with gradient_of(config):
+        of_all, expected = found(0, 1, 2)
+        again = "_hopper_dq_kernel" in of_all  # which does not read what _dkdv_kernel keeps
+        for i, x in enumerate(expected):
+            names, grads = found(i)
+            unasked = {"_dq_kernel", "_hopper_dq_kernel"} if i else {"_dkdv_kernel"} if again else set()
+            assert names == of_all - unasked, (i, names, of_all)
+            torch.testing.assert_close(grads[i], x, atol=2e-3, rtol=2e-3)
+    assert all(map(torch.equal, (q, k, v), copies)), "an input was written"
     with torch.no_grad():
         assert not flash_attention(q.requires_grad_(), k, v).requires_grad
     return ", ".join(sorted(of_all))
@@ -1326,18 +1337,17 @@ def hopper_variants(name):
 
 
 def best_specialised(head_dim):
-    """On sm_90, with a Triton of configs.SPECIALISED: the forward is specialised, also where lse is exact, and so is
-    the gradient, but for D = 256; up to 128 all that computes p, which is for D = 64 the last kernel, too."""
+    """On sm_90, with a Triton of configs.SPECIALISED: the forward is specialised, also where lse is exact; of the
+    gradient's kernels dkdv_kernel up to D = 128, and hopper_dq_kernel."""
     general = configs.hopper_general(head_dim), 90, head_dim
     many, few = (None, 90, head_dim), (None, 90, head_dim, "bfloat16", False, 1, 200, 4096)  # queries; many keys
     of_gradient = [("gradient", 90, head_dim, *case) for case in VARIANTS["gradient"]]
     jobs = [general, *of_gradient] if head_dim > 64 else [general, many, few, *of_gradient]
-    codes, of_p = dict(zip(jobs, compile_in_child(jobs))), {64: [384, 384], 128: [384, 256], 256: [256, 256, 256]}
+    codes, threads = dict(zip(jobs, compile_in_child(jobs))), {64: [384, 384], 128: [384, 256], 256: [256, 256, 256]}[head_dim]
     for job, code in codes.items():
         fits(job, code)
     for code in map(codes.get, of_gradient):
-        threads = [x["threads"] for x in code["then"] if x["instruction"] != "none"][-len(of_p[head_dim]) :]
-        assert code["threads"] == 384 and threads == of_p[head_dim], code
+        assert code["threads"] == 384 and [x["threads"] for x in code["then"]][-len(threads) :] == threads, code
     if head_dim == 64:  # HOPPER_64, and HOPPER, which takes more shared memory
         assert codes[many]["shared"] < codes[few]["shared"], ("the same tiles for both", codes[many], codes[few])
     return f"{len(codes)} of them fit, none spills data"
@@ -1446,7 +1456,7 @@ def cases(draws):
     yield [(blackwell_leaves, ())]
     for module in ("flash_attn", "app.ops.flash_attn"):
         yield [(copied_files, (module,))]
-    yield [(bad_input, ()), (asked_for, ())]
+    yield [(bad_input, ())] + [(asked_for, case) for case in (("default", D), ("hopper", 64), ("hopper", 192))]
     yield [(in_torch, (name,)) for name in ("opcheck", "gradcheck", "compile", "sdpa", "export", "autocast", "errors")]
     yield [(readme_block, (i,)) for i in range(len(readme_blocks()))] + [(transformers_model, ())]
     if GPU:
@@ -1477,7 +1487,10 @@ def run(group):
     results = []
     for case in group:
         function, arguments = case
+        of_hopper = function is not hopper_variants and any(str(x).startswith("hopper") for x in arguments)
         try:
+            if GPU and of_hopper and torch.cuda.get_device_capability()[0] != 9:
+                raise Skipped("needs a GPU of compute capability 9.x, or none")
             results.append((label(case), "ok", function(*arguments)))
         except Skipped as reason:
             results.append((label(case), "skip", str(reason)))

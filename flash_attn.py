@@ -387,7 +387,7 @@ def _delta_kernel(
 ) -> torch.Tensor:  # fmt: skip
     """aug: [B, H, M, 16], bfloat16: what a product with ones adds to a query's scores, -lse / scale, and to its
     row of do v^T, -delta, the sum of out * do over the row less the gradient of lse. Each as three bfloat16,
-    which have float32's 24 bits. inverse: 1 / scale."""
+    which have float32's 24 bits. delta: the same as float32, [B, H, M]. inverse: 1 / scale."""
     B, H, M, D = out.size()
     D = hl.specialize(D)
     for tile_b, tile_m in hl.tile([B * H, M], block_size=[1, block_m]):
@@ -480,7 +480,7 @@ def _dkdv_kernel(
     group = H // Hk
     blocks = (N + block_n - 1) // block_n
     for w in hl.grid(heads * blocks):
-        local, tile = order(w, heads, blocks, together)  # first the keys that most queries see
+        local, tile = order(w, heads, blocks, together)  # if masked, most queries see the first keys
         b = scalar("({0} + {1}) // {2}", begin, local, Hk)
         hk = scalar("{0} + {1} - {2} * {3}", begin, local, b, Hk)
         keys, columns = (tile + 1) * block_n + (hl.arange(block_n) - block_n), hl.arange(D)
@@ -576,7 +576,8 @@ def _hopper_dq_kernel(
     block_n: hl.constexpr, masked: hl.constexpr,
 ) -> torch.Tensor:  # fmt: skip
     """dq where ds is not kept. In hopper_kernel's order: the product of the previous tile's ds and k is issued behind
-    s and dp of this one. What the last tile has too much is masked behind the loop; masked: others have, too."""
+    s and dp of this one, and the last tile is masked behind the loop. lse and delta: as contiguous as each other.
+    masked: other tiles have to be masked, too, because the diagonal is no multiple of block_n."""
     B, H, M, D = dq.size()
     Hk, N = k.size(1), k.size(2)
     D = hl.specialize(D)
@@ -802,10 +803,10 @@ def _check(q, k, v, is_causal, scale, enable_gqa, config):
         stages = config.config.config.get("range_num_stages")
         if not isinstance(stages, list) or max(stages) > 2:  # more barriers than `fresh` knows
             raise ValueError(f"config must have range_num_stages of at most 2, for hopper_kernel, got {stages}")
-    if isinstance(config, configs.Plan) and config.kernel == "blackwell" and q.is_cuda:
-        capability = torch.cuda.get_device_capability(q.device)
-        if capability[0] != 10:
-            raise ValueError(f"config takes GPUs of compute capability 10.x, got {capability}")
+    if isinstance(config, configs.Plan) and config.kernel in ("hopper", "blackwell") and q.is_cuda:
+        capability, major = torch.cuda.get_device_capability(q.device), 9 if config.kernel == "hopper" else 10
+        if capability[0] != major:
+            raise ValueError(f"config takes GPUs of compute capability {major}.x, got {capability}")
 
 
 def _readable_by_tma(x):
@@ -1002,7 +1003,7 @@ def _plan(q, k, v, is_causal, scale, config, exact_lse):
         few = lambda q, k, v: (q, k[:, 0].unsqueeze(1), v[:, 0].unsqueeze(1)) if first else (q, k, v)
         copied = [not _readable_by_tma(x) for x in few(q, k, v)]
         # What fills up a row of q would be the next head's, which may be inf or NaN, and not TMA's zeros.
-        copied[0] |= D < sum(columns) and any(s % q.stride(2) for s in q.stride()[:2])
+        copied[0] = copied[0] or D < sum(columns) and any(s % q.stride(2) for s in q.stride()[:2])
         if first or any(copied):
             fix = lambda *tensors: [
                 x.clone(memory_format=torch.contiguous_format) if copy else x
@@ -1097,12 +1098,11 @@ def _plan_gradients(q, k, v, out, do, with_dlse, is_causal, scale, of_q, of_kv):
     plan, plan_q, plan_k = best()
     padded_m, padded_n = (triton.cdiv(x, 128) * 128 for x in (M, N))
     group = H // Hk
-    heads, rows = _parts(B * Hk, group, padded_m, padded_n, D, q.element_size())
-    wide = _is_wide(q, k, v, out, do) or 16 * B * H * M >= 2**31 or heads * group * padded_n * rows >= 2**31
+    wide = _is_wide(q, k, v, out, do) or 16 * B * H * M >= 2**31
     kept = plan_q.kernel == "dq" or wide
-    if not kept:
-        heads, rows = B * Hk, padded_m
-    elif wide or not of_kv:  # for ds alone Triton does not specialise
+    heads, rows = _parts(B * Hk, group, padded_m, padded_n, D, q.element_size()) if kept else (B * Hk, padded_m)
+    wide |= kept and heads * group * padded_n * rows >= 2**31
+    if wide or kept and not of_kv:  # for ds alone Triton does not specialise
         plan, plan_q, plan_k = best(specialised=False)
     tma = plan.kernel == "hopper_dkdv"
     kernels = [_wide[x] if wide else x for x in (delta_kernel, dkdv_kernel, dq_kernel)]
@@ -1110,7 +1110,7 @@ def _plan_gradients(q, k, v, out, do, with_dlse, is_causal, scale, of_q, of_kv):
     divisor = scale if abs(scale) > 2.0**-60 else 2.0**-60  # with less, scores change nothing
     diagonal = _diagonal(is_causal, M, N)
     masked, summed = diagonal < N, of_kv and rows < padded_m
-    # Heads whose first tiles, which have most to do, come first: all of a launch, or as many as have BUSY keys.
+    # Heads of keys whose first tiles, which have most to do, come first: all of a launch, or as many as have BUSY keys.
     together = 1 if not masked else heads if kept else min(heads, triton.cdiv(BUSY, N))
     apart = of_kv and plan_k is not None
     keeps = kept and of_q or apart
