@@ -515,8 +515,9 @@ def _dkdv_kernel(
                 dp = hl.inline_triton(add, args=(of_delta, aug_tile, dp), output_like=dp)
                 p = exp2(s * scale2)  # rows beyond M: 1, and then times 0
                 if masked:
-                    first_row = start - step + hl.arange(block_n)
-                    p = torch.where(hl.arange(block_m)[None, :] >= first_row[:, None], p, 0.0)
+                    # As a sum: in a comparison of rows with columns each column would be computed again.
+                    seen = (step - start - hl.arange(block_n))[:, None] + hl.arange(block_m)[None, :] >= 0
+                    p = torch.where(seen, p, 0.0)
                 if of_v:
                     dv_acc = hl.dot(p.to(v.dtype), do_tile, acc=dv_acc)
                 ds_tile = (p * dp).to(k.dtype)
