@@ -725,6 +725,10 @@ def bad_input():
                 interpret = "0" if "CUDA" in message else os.environ.get("TRITON_INTERPRET", "0")
                 with mock.patch.dict(os.environ, TRITON_INTERPRET=interpret), raises(error, f"^{message}"):
                     flash_attention(*qkv, **options)
+        with pretend(80):
+            for name in ("hopper", "blackwell"):
+                with raises(ValueError, "^config takes GPUs of compute capability"):
+                    launches(NAMED[name], *(torch.empty(1, 2, 256, 64, device="cuda", dtype=torch.bfloat16) for _ in "qkv"), False)
     return "refused"
 
 

@@ -421,6 +421,13 @@ def load(x, b, h, rows, columns, width, tma):
     return hl.load(x, [b, h, rows, columns], extra_mask=(rows < x.size(2)) & inside)
 
 
+def store(x, b, h, rows, columns, width, length, value):
+    """x[b, h, rows, columns] = value, for rows below length."""
+    rows, columns = rows.unsqueeze(1), columns.unsqueeze(0)
+    inside = (rows < length) & (columns < scalar("{0} // 8 * 8", width))
+    hl.store(x, [b.to(torch.int64), h.to(torch.int64), rows, columns], value.to(x.dtype), extra_mask=inside)
+
+
 def load_kept(x, strides, b, h, rows, columns, width, tma, tile, other):
     """The same for a tile that a program keeps. For TMA by a descriptor made in the kernel: only such a one
     is halved for two warpgroups, by a shift of its row, and with it of all else that uses this very value.
@@ -468,7 +475,7 @@ def _dkdv_kernel(
     transposed, s^T = k q^T, so that p^T and ds^T are operands as they are.
 
     ds: [heads * H / Hk, N, M] for `heads` of the B * Hk heads of keys, from `begin` on, and for the queries
-    from 128 m_begin to 128 m_end, N and M as multiples of 128. scale2: scale * log2(e).
+    from 128 m_begin to 128 m_end, N and M as multiples of 128. scale2: scale * log2(e). together: see `order`.
     keeps: ds is written. of_k, of_v: dk and dv are computed; dk alone from what the launch before has kept, where two
     sums would leave no registers for large tiles. summed: they are float32, to be summed over the queries. tma:
     everything is read by TMA, as hopper_kernel does.
@@ -527,14 +534,10 @@ def _dkdv_kernel(
                 dk_acc = hl.dot(ds_tile, q_tile, acc=dk_acc)
             if keeps:
                 hl.store(ds, kept, ds_tile)
-        if of_k or of_v:
-            stored = (keys < N)[:, None] & (columns < scalar("{0} // 8 * 8", width))[None, :]
-            b, hk = b.to(torch.int64), hk.to(torch.int64)
-            place = [b, hk, keys[:, None], columns[None, :]]
-            if of_k:
-                hl.store(dk, place, (dk_acc * scale).to(dk.dtype), extra_mask=stored)
-            if of_v:
-                hl.store(dv, place, dv_acc.to(dv.dtype), extra_mask=stored)
+        if of_k:
+            store(dk, b, hk, keys, columns, width, N, dk_acc * scale)
+        if of_v:
+            store(dv, b, hk, keys, columns, width, N, dv_acc)
     return dk
 
 
@@ -565,9 +568,7 @@ def _dq_kernel(
             k_tile = load(k, b, hk, keys, columns, width, False)
             acc = hl.dot(ds_tile.T, k_tile, acc=acc)
         rows = m_begin * 128 + rows
-        stored = (rows < M)[:, None] & (columns < scalar("{0} // 8 * 8", width))[None, :]
-        b, h = b.to(torch.int64), h.to(torch.int64)
-        hl.store(dq, [b, h, rows[:, None], columns[None, :]], (acc * scale).to(dq.dtype), extra_mask=stored)
+        store(dq, b, h, rows, columns, width, M, acc * scale)
     return dq
 
 
@@ -615,9 +616,7 @@ def _hopper_dq_kernel(
         at = end - block_n
         ds = torch.where((at + hl.arange(block_n))[None, :] <= last[:, None], ds, 0.0)
         acc = hl.dot(ds.to(k.dtype), k[b, hk, at + hl.arange(block_n), :], acc=acc)
-        stored = (rows < M)[:, None] & (columns < scalar("{0} // 8 * 8", width))[None, :]
-        b, h = b.to(torch.int64), h.to(torch.int64)
-        hl.store(dq, [b, h, rows[:, None], columns[None, :]], (acc * scale).to(dq.dtype), extra_mask=stored)
+        store(dq, b, h, rows, columns, width, M, acc * scale)
     return dq
 
 
@@ -1112,26 +1111,26 @@ def _plan_gradients(q, k, v, out, do, with_dlse, is_causal, scale, of_q, of_kv):
     diagonal = _diagonal(is_causal, M, N)
     masked, summed = diagonal < N, of_kv and rows < padded_m
     # Heads of keys whose first tiles, which have most to do, come first: all of a launch, or as many as have BUSY keys.
-    together = 1 if not masked else heads if kept else min(heads, triton.cdiv(BUSY, N))
+    together = heads if kept else min(heads, triton.cdiv(BUSY, N))
+    together, together_q = (together, together * group) if masked else (1, 1)
     apart = of_kv and plan_k is not None
     keeps = kept and of_q or apart
     launches = [(plan, (keeps, of_kv and not apart, of_kv))] if keeps or of_kv else []
     launches += [(plan_k, (False, True, False))] if apart else []
     run_delta = _prepare(kernels[0], configs.DELTA, (1 / divisor, D), (configs.DELTA.block_m, with_dlse))
-    parts = []
+    tiles, parts = (plan_q.block_m, plan_q.block_n), []
     for begin in range(0, B * Hk, heads):
         for m in range(0, padded_m, rows):
             some, m_range = min(heads, B * Hk - begin), (m // 128, min(m + rows, padded_m) // 128)
             numbers = scale, divisor * LOG2E, D, diagonal, begin, some, together, *m_range
             runs = [_prepare(kernels[1], x, numbers, (x.block_m, x.block_n, masked, *what, summed, tma))
                     for x, what in launches]  # fmt: skip
-            turns, tiles = together * group if masked else 1, (plan_q.block_m, plan_q.block_n)
             if kept:
-                numbers = scale, D, diagonal, begin * group, some * group, turns, *m_range
+                numbers = scale, D, diagonal, begin * group, some * group, together_q, *m_range
                 run_dq = _prepare(kernels[2], plan_q, numbers, tiles)
             else:
-                numbers, cut = (scale, divisor * LOG2E, D, diagonal, turns), masked and diagonal % plan_q.block_n > 0
-                run_dq = _prepare(hopper_dq_kernel, plan_q, numbers, (*tiles, cut))
+                numbers = scale, divisor * LOG2E, D, diagonal, together_q
+                run_dq = _prepare(hopper_dq_kernel, plan_q, numbers, (*tiles, masked and diagonal % plan_q.block_n > 0))
             parts.append((runs, run_dq, slice(begin, begin + some)))
     copied = [tma and not _readable_by_tma(x) for x in (q, k, v, do)]
 
