@@ -20,6 +20,8 @@ import threading
 import torch
 from torch.autograd import forward_ad
 from torch.nn.attention.bias import CausalVariant
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils.flop_counter import register_flop_formula
 
 # configs.py beside this file, whatever else is called configs where the two are copied to. It comes
 # before helion, which it makes importable on older torch.
@@ -715,7 +717,7 @@ def _prepare(kernel, plan, numbers, constants):
         grid, args = (*all_programs, 1, 1)[:3], list(arguments)
 
     def launch(*tensors):
-        nonlocal compiled, places, device
+        nonlocal compiled, args, places, device
         if places is None:
             q = tensors[0]
             device = q.device.index
@@ -731,6 +733,7 @@ def _prepare(kernel, plan, numbers, constants):
             tensors = [x.detach() for x in tensors]
             run(*tensors, *numbers, *constants, _launcher=functools.partial(first, (*kind, aligned)))
             if compiled is None or kernel in _wide.values():
+                args = None  # the caller's tensors are not kept
                 return
             places = []
             for i, x in enumerate(args):
@@ -758,9 +761,13 @@ def _prepare(kernel, plan, numbers, constants):
 
 def _check(q, k, v, is_causal, scale, enable_gqa, config):
     """Raise the TypeError or ValueError that flash_attention documents, or return nothing."""
+    if torch.jit.is_tracing():
+        raise RuntimeError("torch.jit.trace does not see flash_attention: use torch.export")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.is_nested:
+            raise ValueError(f"{name} must not be nested: pad it, or call once for each of {name}.unbind()")
         if x.dim() != 4:
             raise ValueError(f"{name} must be 4-D [B, H, S, D], got shape {tuple(x.shape)}")
         if x.dtype not in DTYPES:
@@ -1185,15 +1192,18 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, q, k, v, is_causal, scale, enable_gqa, config, exact_lse):
         out, lse = _eager(q, k, v, is_causal, scale, enable_gqa, config, exact_lse)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.options = is_causal, scale
+        ctx.options = int(is_causal), scale
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dlse):
-        of_q, *of_kv = ctx.needs_input_grad[:3]
-        return *_gradients(*ctx.saved_tensors, do, dlse, *ctx.options, of_q, any(of_kv)), *[None] * 5
+        if _get_current_dispatch_mode() is not None:  # FlopCounterMode, around backward() alone
+            return *_differentiate(ctx, do, dlse), None
+        (variant, scale), (of_q, *of_kv) = ctx.options, ctx.needs_input_grad[:3]
+        grads = _gradients(*ctx.saved_tensors, do, dlse, _masking(variant), scale, of_q, any(of_kv))
+        return *grads, *[None] * 5
 
 
 def _masking(variant):
@@ -1201,8 +1211,8 @@ def _masking(variant):
     return CausalVariant(variant) if variant else False
 
 
-# The same as an operator, for torch.compile, torch.export and fake tensors. Its name has the module's
-# in it: the file may be there twice.
+# The same as an operator, for torch.compile, torch.export, dispatch modes and fake tensors. Its name
+# has the module's in it: the file may be there twice.
 @torch.library.custom_op(f"{__name__.replace('.', '_')}::forward", mutates_args=())
 def _operator(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: int, scale: float | None, enable_gqa: bool,
@@ -1243,18 +1253,27 @@ def _differentiate(ctx, do, dlse):
 
 
 _operator.register_autograd(_differentiate, setup_context=_save)
+_operators = getattr(torch.ops, __name__.replace(".", "_"))
+# As torch counts SDPA: 2 products forward and 5 backward, causal or not.
+register_flop_formula(_operators.forward)(lambda q, k, *_, **__: 4 * math.prod(q) * k[2])
+register_flop_formula(_operators.backward)(lambda q, k, *_, **__: 10 * math.prod(q) * k[2])
+
+
+def _lower_right(is_causal):
+    """What SDPA's flash backend means: CausalBias relies on it, plain is_causal has M = N there."""
+    return CausalVariant.LOWER_RIGHT if is_causal else False
 
 
 def _sdpa_forward(q, k, v, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
     if dropout_p or return_debug_mask:
         raise RuntimeError("flash_attn.py has no dropout: torch.nn.attention.restore_flash_attention_impl()")
-    out, lse = _eager(q, k, v, is_causal, scale, True, None, True)
+    out, lse = _eager(q, k, v, _lower_right(is_causal), scale, True, None, True)
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.zeros((), dtype=torch.uint64, device=q.device)
     return out, lse, None, None, q.size(2), k.size(2), *no_dropout, q.new_empty(0)
 
 
 def _sdpa_backward(do, q, k, v, out, lse, _q, _k, M, N, dropout_p, is_causal, _seed, _offset, *, scale=None):
-    return _gradients(q, k, v, out, lse, do, None, is_causal, scale, True, True)
+    return _gradients(q, k, v, out, lse, do, None, _lower_right(is_causal), scale, True, True)
 
 
 class _Registered:
@@ -1304,10 +1323,12 @@ def flash_attention(q, k, v, *, is_causal=False, scale=None, enable_gqa=False, r
     heads, lengths and scale are run-time values. On Hopper few keys, N <= 128, and, in bf16 up to D = 64, few
     queries, M < 1024 or B * H * M < 2^17, are kinds of their own, which may differ in the last bits of out. Inside
     CUDA graph capture a kind must not be new.
-    Under torch.compile and torch.export it is one operator, config has to be None. Under autocast q, k
-    and v are cast as SDPA's are.
+    Under torch.compile, torch.export and dispatch modes (make_fx, selective checkpointing,
+    FlopCounterMode) it is one operator, torch.ops.flash_attn.forward, and config has to be None.
+    Under autocast q, k and v are cast as SDPA's are.
     Raises TypeError or ValueError, before anything is compiled, on input outside of the above: the
-    message names the argument, what it was and what is accepted. Under torch.vmap RuntimeError.
+    message names the argument, what it was and what is accepted. Under torch.func, torch.vmap and
+    torch.jit.trace RuntimeError.
     """
     if return_lse and isinstance(config, helion.Config):
         raise ValueError("config is the report's, whose kernel has no lse to return")
@@ -1320,10 +1341,17 @@ def flash_attention(q, k, v, *, is_causal=False, scale=None, enable_gqa=False, r
     if gradient and isinstance(config, helion.Config):
         raise ValueError("config is the report's, whose kernel has no gradient: detach q, k and v")
     exact_lse = return_lse or gradient  # which takes p from it
-    if torch.compiler.is_compiling() or type(q) not in (torch.Tensor, torch.nn.Parameter):
+    is_compiling = torch.compiler.is_compiling()
+    if gradient and not is_compiling and torch._C._functorch.maybe_current_level() is not None:
+        raise RuntimeError(
+            "flash_attention has no gradient under torch.func: take it by torch.autograd.grad"
+        )
+    # A mode sees the operator: of the eager call it would see the memory and not the kernels.
+    is_seen = is_compiling or _get_current_dispatch_mode() is not None
+    if is_seen or type(q) not in (torch.Tensor, torch.nn.Parameter):
         _check(q, k, v, is_causal, scale, enable_gqa, config)
         if config is not None:
-            raise ValueError("config must be None under torch.compile and for subclasses of Tensor")
+            raise ValueError("config must be None under torch.compile and dispatch modes, and for subclasses")
         out, lse = _operator(q, k, v, int(is_causal), scale, enable_gqa, exact_lse)
     else:
         run = _Attention.apply if gradient else _eager
