@@ -8,10 +8,12 @@ On a GPU this runs the real kernels. Without one it executes the Triton code tha
 masks and program order, in Triton's interpreter, and compiles it for GPUs that are not here.
 """
 import argparse
+import ast
 import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import gc
 import importlib.metadata
 import importlib.util
 import inspect
@@ -1262,6 +1264,371 @@ def transformers_model():
     return f"logits differ by at most {(found['helion'] - found['sdpa']).abs().max():.1e}"
 
 
+# ---- Nothing is silently wrong around the kernels -----------------------------------------------
+
+
+def rows(*numbers, dim=8, dtype=torch.float32):
+    """[1, 1, S, dim]: each row repeats one number."""
+    return torch.tensor(numbers, dtype=dtype, device=DEVICE)[None, None, :, None].repeat(1, 1, 1, dim)
+
+
+def zeros(n, dim=8, dtype=torch.float32):
+    return rows(*[0] * n, dim=dim, dtype=dtype)
+
+
+def holds(x, *numbers):
+    """x is rows(*numbers), also as [B, S, H, D]."""
+    found, expected = x.detach().float().cpu().flatten(0, 2), rows(*numbers, dim=x.size(3)).cpu()[0, 0]
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
+def sdpa_lower_right(how):
+    """SDPA with causal_lower_right and our flash backend, M != N: forward and backward. A CPU has only its operator."""
+    from torch.nn.attention.bias import causal_lower_right
+
+    def attend(q, k, v):
+        if not GPU:
+            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(q.size(2), k.size(2)))
+
+    run = torch.compile(attend, backend=BACKEND) if how == "compile" else attend
+    half = dict(dtype=torch.float16)
+    registered = flash_attn._Registered("CUDA" if GPU else "CPU")
+    try:
+        v = rows(1, 3, **half).requires_grad_()
+        out = run(zeros(1, **half), zeros(2, **half), v)
+        holds(out, 2.0)
+        holds(torch.autograd.grad(out.sum(), v)[0], 0.5, 0.5)
+        q, k, v = (x.requires_grad_() for x in make((1, 2, 70, 64), "float16", 100))
+        out, lower_right = run(q, k, v), CAUSAL["lower_right"]
+        found = torch.autograd.grad(out.square().sum(), (q, k, v))
+    finally:
+        registered.remove()
+    expected = torch.autograd.grad(flash_attention(q, k, v, is_causal=lower_right).square().sum(), (q, k, v))
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
+    return compare(out, q, k, v, is_causal=lower_right)
+
+
+def dispatch_modes(name):
+    """While a TorchDispatchMode is active there is one operator, also after a call of the same shapes."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils import checkpoint as ckpt
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    q, k, v = make((1, 2, 64, 32), "float32")
+    flops = 4 * 2 * 64 * 64 * 32
+    attend = lambda q, k, v: flash_attention(q, k, v, enable_gqa=True)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = attend(*leaves)  # is kept
+    expected = torch.autograd.grad(out.sum(), leaves, retain_graph=True)
+    if name == "make_fx":
+        gradients = lambda *qkv: torch.autograd.grad(attend(*(qkv := [x.detach().requires_grad_() for x in qkv])).sum(), qkv)
+        for function, right, operators in ((attend, out, ["forward"]), (gradients, expected, ["forward", "backward"])):
+            graph = make_fx(function)(q, k, v)
+            nodes = [str(node.target) for node in graph.graph.nodes if "flash_attn" in str(node.target)]
+            assert nodes == [f"flash_attn.{x}.default" for x in operators], graph.code
+            assert not any("empty" in str(node.target) for node in graph.graph.nodes), graph.code
+            torch.testing.assert_close(graph(q, k, v), right)
+    elif name == "flops":
+        with FlopCounterMode(display=False) as forward:
+            attend(q, k, v)
+            attend(q, k[:, :1], v[:, :1])
+        with FlopCounterMode(display=False) as backward:  # of a call before it
+            torch.testing.assert_close(torch.autograd.grad(out.sum(), leaves), expected)
+        with FlopCounterMode(display=False) as both:
+            attend(*leaves).sum().backward()
+        found = [mode.get_total_flops() / flops for mode in (forward, backward, both)]
+        assert flops == 1048576 and found == [2, 2.5, 3.5], found
+    elif name == "selective":  # a policy that saves the output: it is not computed again
+        for saved, products in ((True, 3.5), (False, 4.5)):
+            policy = lambda ctx, op, *args, **options: saved and op is torch.ops.flash_attn.forward.default
+            contexts = functools.partial(ckpt.create_selective_checkpoint_contexts, policy)
+            with FlopCounterMode(display=False) as mode:
+                found = ckpt.checkpoint(attend, *leaves, use_reentrant=False, context_fn=contexts)
+                torch.testing.assert_close(torch.autograd.grad(found.sum(), leaves), expected)
+            assert mode.get_total_flops() == products * flops, mode.get_total_flops() / flops
+    elif name == "logging":
+        seen = []
+
+        class Logging(TorchDispatchMode):
+            def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+                seen.append(str(op))
+                return op(*args, **kwargs or {})
+
+        with Logging():
+            found = attend(q, k, v)
+            with raises(ValueError, "config must be None under"):
+                flash_attention(q, k, v, config=NAMED["general"])
+        torch.testing.assert_close(found, out)
+        assert seen == ["flash_attn.forward.default"], seen
+    return "one operator"
+
+
+def unseen_by_all():
+    """The README's merge, where no part of the keys is seen: 0 and -inf, and a gradient that is not NaN."""
+    merge = readme("def merge")["merge"]
+    leaves = [x.requires_grad_() for x in (zeros(2), zeros(1), rows(1))]
+    out, lse = flash_attention(*leaves, is_causal=CAUSAL["lower_right"], return_lse=True)
+    for parts in (1, 2):
+        found, found_lse = merge([out] * parts, [lse] * parts)
+        holds(found, 0, 1)
+        torch.testing.assert_close(found_lse, lse + math.log(parts))
+        grads = torch.autograd.grad(found.sum() + found_lse[..., 1:].sum(), leaves, retain_graph=True)
+        assert all(x.isfinite().all() for x in grads), grads
+        holds(grads[2], 1)
+    nan = merge([out, out], [lse, lse * math.nan])[0]
+    assert nan.isnan().all(), "merge hides a NaN"
+    return "0 and -inf"
+
+
+def nothing_is_kept(config):
+    """After a call and its gradient no tensor of the caller, and no result, is reachable any more."""
+    wide, options = config == "wide", {} if config == "wide" else dict(config=NAMED[config])
+    forget()
+    q, k, v = make((2, 1, 16, 16) if wide else (1, 2, 128, 64))
+    if wide:  # on a CPU only what is touched takes memory
+        storage = torch.UntypedStorage(2 * (2**31 + 256), device=DEVICE)
+        q = q.new_empty(0).set_(storage, 0, q.shape, (2**31, 256, 16, 1)).copy_(q)
+        del storage
+    tensors = [q, k, v, flash_attention(q, k, v, **options)]
+    if config not in (*configs.CONFIGS, "blackwell"):
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        out = flash_attention(*leaves, **options)
+        do = torch.ones_like(out)
+        tensors += [out, do, *torch.autograd.grad(out, leaves, do)]
+        del leaves, out, do
+    places, count = {x.untyped_storage().data_ptr() for x in tensors}, len(tensors)
+    del q, k, v, tensors
+    gc.collect()
+    plain = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type == DEVICE]
+    held = [tuple(x.shape) for x in plain if x.untyped_storage().data_ptr() in places]
+    assert not held, f"{len(held)} tensors are kept: {held}"
+    return f"{count} tensors are free"
+
+
+def clear_errors():
+    """Where flash_attention cannot run, one sentence says what to do instead."""
+    q, k, v = make((2, 2, 8, 16), "float32")
+    attend = lambda q: flash_attention(q, k, v)
+    with raises(RuntimeError, r"torch\.func.*torch\.autograd\.grad"):
+        torch.func.grad(lambda q: attend(q).sum())(q)
+    with raises(RuntimeError, r"torch\.func.*torch\.autograd\.grad"):
+        torch.func.vjp(attend, q)
+    with raises(RuntimeError, r"torch\.jit\.trace.*torch\.export"):
+        torch.jit.trace(attend, (q,))
+    parts = [x[:, : 8 - i].transpose(0, 1) for i, x in enumerate(q)]  # [S, H, D]
+    jagged = torch.nested.nested_tensor(parts, layout=torch.jagged).transpose(1, 2)
+    strided = torch.nested.nested_tensor([x.transpose(0, 1) for x in parts])
+    for x in (jagged, strided):
+        with raises(ValueError, "q must not be nested: pad it, or call once for each of q.unbind"):
+            flash_attention(x, x, x)
+        with raises(ValueError, "k must not be nested"):
+            flash_attention(q, x, x)
+    return "as documented"
+
+
+# ---- In models of transformers ----------------------------------------------------------------------
+
+
+def transformers_or_skip():
+    if importlib.util.find_spec("transformers") is None:
+        raise Skipped("transformers is not installed")
+    import transformers
+
+    return transformers
+
+
+def recipe_values():
+    """The README's recipe, called by hand: each keyword that changes the result does so, or is refused by name."""
+    transformers_or_skip()
+    attend = readme("AttentionInterface")["helion_attention"]
+    decoder, encoder, unknown = (torch.nn.Identity() for _ in range(3))
+    decoder.is_causal, encoder.is_causal = True, False
+    mask = torch.tensor([[[[True, False]]]], device=DEVICE)
+    additive = torch.zeros(1, 1, 1, 2, device=DEVICE).masked_fill(~mask, -math.inf)
+    bias, sink = additive.masked_fill(~mask, math.log(3)), torch.zeros(1, device=DEVICE)
+
+    def right(numbers, values, queries=1, mask=None, module=decoder, dim=8, dim_v=8, **options):
+        v = rows(*values, dim=dim_v)
+        out, weights = attend(module, zeros(queries, dim), zeros(len(values), dim), v, mask, **options)
+        holds(out, *numbers)
+        assert weights is None and out.shape == (1, queries, 1, dim_v) and out.is_contiguous()
+
+    no_effect = dict(scaling=0.1, softcap=None, output_attentions=False, dropout=0.0, sliding_window=None, position_ids=sink)
+    for options in ({}, no_effect):
+        right((1, 2), (1, 3, 0, 0), 2, **options)  # a static cache that is not full
+        right((1,), (1, 3, 0, 0), **options)  # one query sees all keys
+        right((1, 1), (1, 3, 0, 0), 2, module=encoder, **options)
+        right((1, 1), (1, 3, 0, 0), 2, is_causal=False, **options)
+    right((0.75,), (0, 1), position_bias=bias)
+    right((0,), (0, 1), mask=mask, position_bias=bias)
+    right((0, 0.75), (0, 1), 2, position_bias=bias.expand(1, 1, 2, 2))
+    right((0, 0.5, 1.5, 2.5), (0, 1, 2, 3), 4, sliding_window=2)
+    right((0.5, 1, 2, 2.5), (0, 1, 2, 3), 4, module=encoder, sliding_window=2)
+    right((2.5,), (0, 1, 2, 3), sliding_window=2)
+    for dim, dim_v in ((8, 16), (16, 8), (20, 20), (264, 264)):
+        right((1, 2), (1, 3), 2, dim=dim, dim_v=dim_v)
+    for sinks in (dict(s_aux=sink), dict(sinks=sink[None, None, None])):
+        right((0.5,), (1,), **sinks)
+        right((0.5, 2 / 3, 0.75), (1, 1, 1), 3, **sinks)
+        right((0.5, 2 / 3, 0.75), (1, 1, 1), 3, dim_v=16, **sinks)
+        right((0.5, 2 / 3, 2 / 3), (1, 1, 1), 3, sliding_window=2, **sinks)
+        right((0.5,), (1, 5), mask=mask, **sinks)
+        right((0.5,), (1, 5), mask=additive, **sinks)
+        right((0.6,), (0, 1), position_bias=bias, **sinks)
+    refused = dict(softcap=1.0, output_attentions=True, cu_seq_lens_q=torch.arange(3), indices=mask, block_indices=mask)
+    for name, x in refused.items():
+        for some in (None, mask):
+            with raises(ValueError, f"no {name}$"):
+                attend(decoder, zeros(1), zeros(2), zeros(2), some, **{name: x})
+    with raises(AttributeError, "'Identity' .*'is_causal'"):
+        attend(unknown, zeros(2), zeros(2), zeros(2), None)
+    sink.fill_(0.3).requires_grad_()
+    for some in (None, mask[..., :1]):  # the gradient of a sink
+        attend(decoder, zeros(1), zeros(1), rows(1), some, s_aux=sink)[0].sum().backward()
+        (slope,) = torch.autograd.grad(8 * torch.sigmoid(-sink).sum(), sink)
+        torch.testing.assert_close(sink.grad, slope, atol=1e-4, rtol=1e-4)
+        sink.grad = None
+    return f"{', '.join(refused)} are refused, the rest is right"
+
+
+def recipe_keywords():
+    """The recipe knows every keyword that a model of transformers gives its attention function."""
+    folder, calls = Path(transformers_or_skip().__file__).parent, 0
+    known = set(re.findall(r"\w+", next(block for block in readme_blocks() if "AttentionInterface" in block)))
+    known |= {"cu_seq_lens_k", "max_length_k"}  # come with cu_seq_lens_q
+    for file in folder.glob("models/*/modeling_*.py"):
+        for call in ast.walk(ast.parse(file.read_text())):
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "attention_interface":
+                calls += 1
+                unknown = {keyword.arg for keyword in call.keywords} - known - {None}
+                assert not unknown, f"{file.name}: {unknown}"
+    assert calls > 100, calls
+    return f"{calls} calls"
+
+
+SMALL = dict(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+             head_dim=16, pad_token_id=0, bos_token_id=1, eos_token_id=2, sliding_window=8)  # fmt: skip
+ENCODER = dict(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+T5 = dict(vocab_size=50, d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0)
+WHISPER = dict(vocab_size=50, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+               encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=8, max_source_positions=20, max_target_positions=30,
+               pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)  # fmt: skip
+MODELS = {  # its prefix in transformers, what it is of, and its options
+    "llama": ("Llama", "ForCausalLM", SMALL),
+    "mistral": ("Mistral", "ForCausalLM", SMALL),
+    "gemma2": ("Gemma2", "ForCausalLM", SMALL),
+    "gpt_oss": ("GptOss", "ForCausalLM", dict(SMALL, num_local_experts=2, num_experts_per_tok=1)),
+    "bert": ("Bert", "Model", ENCODER),
+    "t5": ("T5", "ForConditionalGeneration", T5),
+    "whisper": ("Whisper", "ForConditionalGeneration", WHISPER),
+}
+
+
+def small_model(name, **options):
+    """With random weights that are not small: attention is not uniform then."""
+    prefix, suffix, given = MODELS[name]
+    transformers, numbers = transformers_or_skip(), torch.Generator().manual_seed(0)
+    model = getattr(transformers, prefix + suffix)(getattr(transformers, f"{prefix}Config")(**given, **options)).eval()
+    with torch.no_grad():
+        for x in model.parameters():
+            x.copy_(torch.randn(x.shape, generator=numbers) * (1 if x.dim() == 1 else 2 * x.size(-1) ** -0.5))
+    return model.to(DEVICE)
+
+
+def same_as(theirs, model, run, calls):
+    """What run returns with the recipe is what it returns with transformers' own attention, and at least so many of
+    its calls are of flash_attention: the rest have masks or a position_bias."""
+    recipe = readme("AttentionInterface")
+    count = recipe["flash_attention"] = mock.Mock(wraps=flash_attention)
+    found = {}
+    for name in (theirs, "helion"):
+        model.set_attn_implementation(name)
+        found[name] = run(model)
+    torch.testing.assert_close(found["helion"], found[theirs], atol=2e-4, rtol=2e-4)
+    assert count.call_count >= calls, f"flash_attention was called {count.call_count} times, not {calls}"
+    return f"as with {theirs}, {calls} calls of flash_attention"
+
+
+def models(name):
+    """Small random models of transformers: kinds of attention, caches, masks, and one step of training."""
+    transformers = transformers_or_skip()
+    tokens = torch.randint(3, 50, (2, 24), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    padded = torch.ones_like(tokens)
+    padded[0, :5] = 0  # at the left
+    positions = torch.arange(24, device=DEVICE)[None]
+
+    def logits(model, ids=tokens, mask=None, **options):
+        out = model(ids, attention_mask=mask, **options)
+        found = (out.logits if "logits" in out else out.last_hidden_state).detach()
+        return found if mask is None or "decoder_input_ids" in options else found[mask.bool()]
+
+    def cached(model, *lengths, **options):
+        cache, found, n = transformers.StaticCache(config=model.config, **options) if options else None, [], 0
+        for part in tokens[:, : sum(lengths)].split(lengths, 1):
+            n += part.size(1)
+            seen = None if n == lengths[0] else torch.ones_like(tokens[:, :n])
+            step = model(part, attention_mask=seen, past_key_values=cache, use_cache=True)
+            cache = step.past_key_values
+            found.append(step.logits.detach())
+        return found
+
+    def generated(model, mask=None, **options):
+        return model.generate(
+            tokens[:, :9], attention_mask=torch.ones_like(tokens[:, :9]) if mask is None else mask, max_new_tokens=4, min_new_tokens=4,
+            do_sample=False, output_logits=True, return_dict_in_generate=True, disable_compile=True, **options).logits  # fmt: skip
+
+    def packed(model):
+        found = logits(model, tokens[:1], position_ids=positions % 12, use_cache=False)
+        alone = torch.cat([logits(model, part, use_cache=False) for part in tokens[:1].split(12, 1)], 1)
+        torch.testing.assert_close(found, alone, atol=2e-4, rtol=2e-4)
+        return found
+
+    def step(model):
+        model.zero_grad()
+        model.train()(tokens, labels=tokens).loss.backward()
+        return {name: x.grad.clone() for name, x in model.named_parameters()}
+
+    kind, _, how = name.partition(" ")
+    if kind == "llama":
+        run, calls = {
+            "dynamic cache": (lambda model: cached(model, 12, 3, 1), 4),
+            "static cache": (lambda model: cached(model, 12, 1, 1, max_cache_len=20), 2),
+            "generate": (generated, 8),
+            "generate, static cache": (lambda model: generated(model, cache_implementation="static"), 0),
+            "left padding": (lambda model: logits(model, mask=padded), 0),
+            "generate, left padding": (lambda model: generated(model, padded[:, :9]), 0),
+            "packed": (packed, 4),
+            "training": (step, 2),
+        }[how]
+        return same_as("sdpa", small_model(kind), run, calls)
+    if kind == "gpt_oss":  # sinks without a mask, with a window, with padding
+        run = lambda model: [logits(model), logits(model, tokens[:, :6]), logits(model, mask=padded), *generated(model)]
+        return same_as("eager", small_model(kind, layer_types=["sliding_attention", "full_attention"]), run, 5)
+    if kind == "mistral":
+        run = lambda model: [logits(model), logits(model, tokens[:, :6]), *generated(model)]
+        return same_as("sdpa", small_model(kind), run, 2)
+    if kind == "gemma2":
+        with raises(ValueError, "no softcap"):
+            same_as("eager", small_model(kind), logits, 0)
+        return same_as("eager", small_model(kind, attn_logit_softcapping=None), logits, 1)
+    if kind == "bert":
+        return same_as("sdpa", small_model(kind), lambda model: [logits(model), logits(model, mask=padded)], 2)
+    if kind == "t5":  # each of its layers has a position_bias
+        both = lambda model: [logits(model, mask=mask, decoder_input_ids=tokens[:, :9]) for mask in (None, padded)]
+        return same_as("sdpa", small_model(kind), lambda model: [*both(model), *generated(model)], 0)
+    sound = torch.randn(2, 8, 40, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    run = functools.partial(logits, ids=sound, decoder_input_ids=tokens[:, :9])
+    with raises(ValueError, "no output_attentions"):
+        same_as("eager", small_model(kind), functools.partial(run, output_attentions=True), 0)
+    return same_as("sdpa", small_model(kind), run, 3)
+
+
+LLAMA = ("dynamic cache", "static cache", "generate", "generate, static cache", "left padding", "generate, left padding", "packed", "training")
+
+
 def copied_files(module):
     """flash_attn.py and configs.py work where they are copied to, a folder or a package, beside a package or
     a module of others that is called configs, and import nothing else of ours."""
@@ -1463,6 +1830,12 @@ def cases(draws):
     yield [(bad_input, ())] + [(asked_for, case) for case in (("default", D), ("hopper", 64), ("hopper", 192))]
     yield [(in_torch, (name,)) for name in ("opcheck", "gradcheck", "compile", "sdpa", "export", "autocast", "errors")]
     yield [(readme_block, (i,)) for i in range(len(readme_blocks()))] + [(transformers_model, ())]
+    yield [(sdpa_lower_right, (how,)) for how in ("eager", "compile")] + [(unseen_by_all, ()), (clear_errors, ())]
+    yield [(dispatch_modes, (name,)) for name in ("make_fx", "flops", "selective", "logging")]
+    yield [(nothing_is_kept, (name,)) for name in ("wide", "tile128", *plans)]
+    yield [(recipe_values, ()), (recipe_keywords, ())]
+    yield [(models, (f"llama {how}",)) for how in LLAMA]
+    yield [(models, (name,)) for name in MODELS if name != "llama"]
     if GPU:
         yield [(threads, ()), (capture, ())]
         for name in (*configs.CONFIGS, *plans, *of_dims):
