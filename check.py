@@ -1283,17 +1283,20 @@ def holds(x, *numbers):
 
 
 def sdpa_lower_right(how):
-    """SDPA with causal_lower_right and our flash backend, M != N: forward and backward. A CPU has only its operator."""
+    """SDPA with causal_lower_right and our flash backend, M != N: forward and backward. A CPU has
+    only the operator that SDPA calls for it."""
     from torch.nn.attention.bias import causal_lower_right
 
-    def attend(q, k, v):
-        if not GPU:
-            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(q.size(2), k.size(2)))
-
-    run = torch.compile(attend, backend=BACKEND) if how == "compile" else attend
+    attend = lambda q, k, v, bias: F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    if not GPU:
+        attend = lambda q, k, v, bias: torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
+    compiled = torch.compile(attend, backend=BACKEND) if how == "compile" else attend
     half = dict(dtype=torch.float16)
+
+    def run(q, k, v):
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return compiled(q, k, v, causal_lower_right(q.size(2), k.size(2)))
+
     registered = flash_attn._Registered("CUDA" if GPU else "CPU")
     try:
         v = rows(1, 3, **half).requires_grad_()
@@ -1509,18 +1512,19 @@ def recipe_keywords():
     return f"{calls} calls"
 
 
-SMALL = dict(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-             head_dim=16, pad_token_id=0, bos_token_id=1, eos_token_id=2, sliding_window=8)  # fmt: skip
-ENCODER = dict(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+SPECIAL = dict(vocab_size=50, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+ENCODER = dict(SPECIAL, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+SMALL = dict(ENCODER, num_key_value_heads=1, head_dim=16)
+WINDOW = dict(SMALL, sliding_window=8)
 T5 = dict(vocab_size=50, d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0)
-WHISPER = dict(vocab_size=50, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
-               encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=8, max_source_positions=20, max_target_positions=30,
-               pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)  # fmt: skip
+WHISPER = dict(SPECIAL, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+               decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=8,
+               max_source_positions=20, max_target_positions=30, decoder_start_token_id=1)  # fmt: skip
 MODELS = {  # its prefix in transformers, what it is of, and its options
     "llama": ("Llama", "ForCausalLM", SMALL),
-    "mistral": ("Mistral", "ForCausalLM", SMALL),
-    "gemma2": ("Gemma2", "ForCausalLM", SMALL),
-    "gpt_oss": ("GptOss", "ForCausalLM", dict(SMALL, num_local_experts=2, num_experts_per_tok=1)),
+    "mistral": ("Mistral", "ForCausalLM", WINDOW),
+    "gemma2": ("Gemma2", "ForCausalLM", WINDOW),
+    "gpt_oss": ("GptOss", "ForCausalLM", dict(WINDOW, num_local_experts=2, num_experts_per_tok=1)),
     "bert": ("Bert", "Model", ENCODER),
     "t5": ("T5", "ForConditionalGeneration", T5),
     "whisper": ("Whisper", "ForConditionalGeneration", WHISPER),
@@ -1539,8 +1543,8 @@ def small_model(name, **options):
 
 
 def same_as(theirs, model, run, calls):
-    """What run returns with the recipe is what it returns with transformers' own attention, and at least so many of
-    its calls are of flash_attention: the rest have masks or a position_bias."""
+    """What run returns with the recipe is what it returns with transformers' own attention. calls: how
+    often flash_attention is called at least; the other calls have a mask or a position_bias."""
     recipe = readme("AttentionInterface")
     count = recipe["flash_attention"] = mock.Mock(wraps=flash_attention)
     found = {}
@@ -1549,7 +1553,7 @@ def same_as(theirs, model, run, calls):
         found[name] = run(model)
     torch.testing.assert_close(found["helion"], found[theirs], atol=2e-4, rtol=2e-4)
     assert count.call_count >= calls, f"flash_attention was called {count.call_count} times, not {calls}"
-    return f"as with {theirs}, {calls} calls of flash_attention"
+    return f"as with {theirs}, {count.call_count} calls of flash_attention"
 
 
 def models(name):
@@ -1576,9 +1580,10 @@ def models(name):
         return found
 
     def generated(model, mask=None, **options):
+        mask = torch.ones_like(tokens[:, :9]) if mask is None else mask
         return model.generate(
-            tokens[:, :9], attention_mask=torch.ones_like(tokens[:, :9]) if mask is None else mask, max_new_tokens=4, min_new_tokens=4,
-            do_sample=False, output_logits=True, return_dict_in_generate=True, disable_compile=True, **options).logits  # fmt: skip
+            tokens[:, :9], attention_mask=mask, max_new_tokens=4, min_new_tokens=4, do_sample=False,
+            output_logits=True, return_dict_in_generate=True, disable_compile=True, **options).logits  # fmt: skip
 
     def packed(model):
         found = logits(model, tokens[:1], position_ids=positions % 12, use_cache=False)
@@ -1597,7 +1602,7 @@ def models(name):
             "dynamic cache": (lambda model: cached(model, 12, 3, 1), 4),
             "static cache": (lambda model: cached(model, 12, 1, 1, max_cache_len=20), 2),
             "generate": (generated, 8),
-            "generate, static cache": (lambda model: generated(model, cache_implementation="static"), 0),
+            "generate, static cache": (lambda model: generated(model, cache_implementation="static"), 2),
             "left padding": (lambda model: logits(model, mask=padded), 0),
             "generate, left padding": (lambda model: generated(model, padded[:, :9]), 0),
             "packed": (packed, 4),
@@ -1605,14 +1610,16 @@ def models(name):
         }[how]
         return same_as("sdpa", small_model(kind), run, calls)
     if kind == "gpt_oss":  # sinks without a mask, with a window, with padding
-        run = lambda model: [logits(model), logits(model, tokens[:, :6]), logits(model, mask=padded), *generated(model)]
-        return same_as("eager", small_model(kind, layer_types=["sliding_attention", "full_attention"]), run, 5)
+        model = small_model(kind, layer_types=["sliding_attention", "full_attention"])
+        model.set_experts_implementation("eager")
+        some = lambda model: [logits(model), logits(model, tokens[:, :6]), logits(model, mask=padded)]
+        return same_as("eager", model, lambda model: [*some(model), *generated(model)], 5)
     if kind == "mistral":
         run = lambda model: [logits(model), logits(model, tokens[:, :6]), *generated(model)]
         return same_as("sdpa", small_model(kind), run, 2)
     if kind == "gemma2":
         with raises(ValueError, "no softcap"):
-            same_as("eager", small_model(kind), logits, 0)
+            same_as("eager", small_model(kind), logits, calls=0)
         return same_as("eager", small_model(kind, attn_logit_softcapping=None), logits, 1)
     if kind == "bert":
         return same_as("sdpa", small_model(kind), lambda model: [logits(model), logits(model, mask=padded)], 2)
@@ -1626,7 +1633,8 @@ def models(name):
     return same_as("sdpa", small_model(kind), run, 3)
 
 
-LLAMA = ("dynamic cache", "static cache", "generate", "generate, static cache", "left padding", "generate, left padding", "packed", "training")
+LLAMA = ("dynamic cache", "static cache", "generate", "generate, static cache", "left padding",
+         "generate, left padding", "packed", "training")  # fmt: skip
 
 
 def copied_files(module):
