@@ -1269,7 +1269,8 @@ def transformers_model():
 
 def rows(*numbers, dim=8, dtype=torch.float32):
     """[1, 1, S, dim]: each row repeats one number."""
-    return torch.tensor(numbers, dtype=dtype, device=DEVICE)[None, None, :, None].repeat(1, 1, 1, dim)
+    x = torch.tensor(numbers, dtype=dtype, device=DEVICE)
+    return x[None, None, :, None].repeat(1, 1, 1, dim)
 
 
 def zeros(n, dim=8, dtype=torch.float32):
@@ -1278,7 +1279,7 @@ def zeros(n, dim=8, dtype=torch.float32):
 
 def holds(x, *numbers):
     """x is rows(*numbers), also as [B, S, H, D]."""
-    found, expected = x.detach().float().cpu().flatten(0, 2), rows(*numbers, dim=x.size(3)).cpu()[0, 0]
+    found, expected = x.detach().float().flatten(0, 2), rows(*numbers, dim=x.size(3))[0, 0]
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
 
 
@@ -1289,7 +1290,8 @@ def sdpa_lower_right(how):
 
     attend = lambda q, k, v, bias: F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     if not GPU:
-        attend = lambda q, k, v, bias: torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
+        operator = torch.ops.aten._scaled_dot_product_flash_attention
+        attend = lambda q, k, v, bias: operator(q, k, v, 0.0, True)[0]
     compiled = torch.compile(attend, backend=BACKEND) if how == "compile" else attend
     half = dict(dtype=torch.float16)
 
@@ -1308,13 +1310,14 @@ def sdpa_lower_right(how):
         found = torch.autograd.grad(out.square().sum(), (q, k, v))
     finally:
         registered.remove()
-    expected = torch.autograd.grad(flash_attention(q, k, v, is_causal=lower_right).square().sum(), (q, k, v))
+    ours = flash_attention(q, k, v, is_causal=lower_right)
+    expected = torch.autograd.grad(ours.square().sum(), (q, k, v))
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
     return compare(out, q, k, v, is_causal=lower_right)
 
 
 def dispatch_modes(name):
-    """While a TorchDispatchMode is active there is one operator, also after a call of the same shapes."""
+    """While a TorchDispatchMode is active there is one operator, also after an equal call."""
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.utils import checkpoint as ckpt
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -1327,12 +1330,16 @@ def dispatch_modes(name):
     out = attend(*leaves)  # is kept
     expected = torch.autograd.grad(out.sum(), leaves, retain_graph=True)
     if name == "make_fx":
-        gradients = lambda *qkv: torch.autograd.grad(attend(*(qkv := [x.detach().requires_grad_() for x in qkv])).sum(), qkv)
-        for function, right, operators in ((attend, out, ["forward"]), (gradients, expected, ["forward", "backward"])):
+
+        def step(*qkv):
+            qkv = [x.detach().requires_grad_() for x in qkv]
+            return torch.autograd.grad(attend(*qkv).sum(), qkv)
+
+        for function, right, ours in ((attend, out, ["forward"]), (step, expected, ["forward", "backward"])):
             graph = make_fx(function)(q, k, v)
-            nodes = [str(node.target) for node in graph.graph.nodes if "flash_attn" in str(node.target)]
-            assert nodes == [f"flash_attn.{x}.default" for x in operators], graph.code
-            assert not any("empty" in str(node.target) for node in graph.graph.nodes), graph.code
+            targets = [str(node.target) for node in graph.graph.nodes]
+            assert [x for x in targets if "flash" in x] == [f"flash_attn.{x}.default" for x in ours], targets
+            assert not any("empty" in x for x in targets), targets
             torch.testing.assert_close(graph(q, k, v), right)
     elif name == "flops":
         with FlopCounterMode(display=False) as forward:
@@ -1346,7 +1353,7 @@ def dispatch_modes(name):
         assert flops == 1048576 and found == [2, 2.5, 3.5], found
     elif name == "selective":  # a policy that saves the output: it is not computed again
         for saved, products in ((True, 3.5), (False, 4.5)):
-            policy = lambda ctx, op, *args, **options: saved and op is torch.ops.flash_attn.forward.default
+            policy = lambda ctx, op, *_, **__: saved and op is torch.ops.flash_attn.forward.default
             contexts = functools.partial(ckpt.create_selective_checkpoint_contexts, policy)
             with FlopCounterMode(display=False) as mode:
                 found = ckpt.checkpoint(attend, *leaves, use_reentrant=False, context_fn=contexts)
@@ -1370,7 +1377,7 @@ def dispatch_modes(name):
 
 
 def unseen_by_all():
-    """The README's merge, where no part of the keys is seen: 0 and -inf, and a gradient that is not NaN."""
+    """The README's merge for a row that no part sees: 0 and -inf, and a gradient that is not NaN."""
     merge = readme("def merge")["merge"]
     leaves = [x.requires_grad_() for x in (zeros(2), zeros(1), rows(1))]
     out, lse = flash_attention(*leaves, is_causal=CAUSAL["lower_right"], return_lse=True)
@@ -1378,7 +1385,8 @@ def unseen_by_all():
         found, found_lse = merge([out] * parts, [lse] * parts)
         holds(found, 0, 1)
         torch.testing.assert_close(found_lse, lse + math.log(parts))
-        grads = torch.autograd.grad(found.sum() + found_lse[..., 1:].sum(), leaves, retain_graph=True)
+        loss = found.sum() + found_lse[..., 1:].sum()
+        grads = torch.autograd.grad(loss, leaves, retain_graph=True)
         assert all(x.isfinite().all() for x in grads), grads
         holds(grads[2], 1)
     nan = merge([out, out], [lse, lse * math.nan])[0]
@@ -1387,7 +1395,7 @@ def unseen_by_all():
 
 
 def nothing_is_kept(config):
-    """After a call and its gradient no tensor of the caller, and no result, is reachable any more."""
+    """After a call and its gradient no tensor of the caller, and no result, is reachable."""
     wide, options = config == "wide", {} if config == "wide" else dict(config=NAMED[config])
     forget()
     q, k, v = make((2, 1, 16, 16) if wide else (1, 2, 128, 64))
@@ -1405,8 +1413,8 @@ def nothing_is_kept(config):
     places, count = {x.untyped_storage().data_ptr() for x in tensors}, len(tensors)
     del q, k, v, tensors
     gc.collect()
-    plain = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type == DEVICE]
-    held = [tuple(x.shape) for x in plain if x.untyped_storage().data_ptr() in places]
+    here = [x for x in gc.get_objects() if type(x) is torch.Tensor and x.device.type == DEVICE]
+    held = [tuple(x.shape) for x in here if x.untyped_storage().data_ptr() in places]
     assert not held, f"{len(held)} tensors are kept: {held}"
     return f"{count} tensors are free"
 
@@ -1444,7 +1452,7 @@ def transformers_or_skip():
 
 
 def recipe_values():
-    """The README's recipe, called by hand: each keyword that changes the result does so, or is refused by name."""
+    """The README's recipe by hand: a keyword that changes the result does so, or is refused."""
     transformers_or_skip()
     attend = readme("AttentionInterface")["helion_attention"]
     decoder, encoder, unknown = (torch.nn.Identity() for _ in range(3))
@@ -1455,11 +1463,13 @@ def recipe_values():
 
     def right(numbers, values, queries=1, mask=None, module=decoder, dim=8, dim_v=8, **options):
         v = rows(*values, dim=dim_v)
-        out, weights = attend(module, zeros(queries, dim), zeros(len(values), dim), v, mask, **options)
+        q, k = zeros(queries, dim), zeros(len(values), dim)
+        out, weights = attend(module, q, k, v, mask, **options)
         holds(out, *numbers)
         assert weights is None and out.shape == (1, queries, 1, dim_v) and out.is_contiguous()
 
-    no_effect = dict(scaling=0.1, softcap=None, output_attentions=False, dropout=0.0, sliding_window=None, position_ids=sink)
+    no_effect = dict(scaling=0.1, softcap=None, output_attentions=False, dropout=0.0,
+                     sliding_window=None, position_ids=sink)  # fmt: skip
     for options in ({}, no_effect):
         right((1, 2), (1, 3, 0, 0), 2, **options)  # a static cache that is not full
         right((1,), (1, 3, 0, 0), **options)  # one query sees all keys
@@ -1481,7 +1491,8 @@ def recipe_values():
         right((0.5,), (1, 5), mask=mask, **sinks)
         right((0.5,), (1, 5), mask=additive, **sinks)
         right((0.6,), (0, 1), position_bias=bias, **sinks)
-    refused = dict(softcap=1.0, output_attentions=True, cu_seq_lens_q=torch.arange(3), indices=mask, block_indices=mask)
+    refused = dict(softcap=1.0, output_attentions=True, cu_seq_lens_q=torch.arange(3), indices=mask,
+                   block_indices=mask)  # fmt: skip
     for name, x in refused.items():
         for some in (None, mask):
             with raises(ValueError, f"no {name}$"):
@@ -1497,11 +1508,27 @@ def recipe_values():
     return f"{', '.join(refused)} are refused, the rest is right"
 
 
+def recipe_compiles():
+    """The recipe is one graph for all lengths but 1, with sinks, and a mask makes it another."""
+    transformers_or_skip()
+    attend, module = readme("AttentionInterface")["helion_attention"], torch.nn.Identity()
+    module.is_causal, module.num_key_value_groups = True, 2
+    options = dict(scaling=0.2, dropout=0.0, sliding_window=None, s_aux=torch.zeros(2, device=DEVICE))
+    call = lambda q, k, v, mask: attend(module, q, k, v, mask, **options)[0]
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=BACKEND)
+    for M, N in ((12, 12), (14, 14), (1, 14), (6, 20)):
+        q, k, v = make((1, 2, M, 16), "float32", N, 1)
+        for mask in (None, torch.ones(1, 1, M, N, dtype=torch.bool, device=DEVICE).tril()):
+            found, expected = compiled(q, k, v, mask), call(q, k, v, mask)
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    return "one graph"
+
+
 def recipe_keywords():
     """The recipe knows every keyword that a model of transformers gives its attention function."""
     folder, calls = Path(transformers_or_skip().__file__).parent, 0
-    known = set(re.findall(r"\w+", next(block for block in readme_blocks() if "AttentionInterface" in block)))
-    known |= {"cu_seq_lens_k", "max_length_k"}  # come with cu_seq_lens_q
+    recipe = next(block for block in readme_blocks() if "AttentionInterface" in block)
+    known = {"cu_seq_lens_k", "max_length_k", *re.findall(r"\w+", recipe)}  # two come with cu_seq_lens_q
     for file in folder.glob("models/*/modeling_*.py"):
         for call in ast.walk(ast.parse(file.read_text())):
             if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "attention_interface":
@@ -1535,10 +1562,12 @@ def small_model(name, **options):
     """With random weights that are not small: attention is not uniform then."""
     prefix, suffix, given = MODELS[name]
     transformers, numbers = transformers_or_skip(), torch.Generator().manual_seed(0)
-    model = getattr(transformers, prefix + suffix)(getattr(transformers, f"{prefix}Config")(**given, **options)).eval()
+    config = getattr(transformers, f"{prefix}Config")(**given, **options)
+    model = getattr(transformers, prefix + suffix)(config).eval()
     with torch.no_grad():
         for x in model.parameters():
-            x.copy_(torch.randn(x.shape, generator=numbers) * (1 if x.dim() == 1 else 2 * x.size(-1) ** -0.5))
+            size = 1 if x.dim() == 1 else 2 * x.size(-1) ** -0.5
+            x.copy_(torch.randn(x.shape, generator=numbers) * size)
     return model.to(DEVICE)
 
 
@@ -1552,12 +1581,12 @@ def same_as(theirs, model, run, calls):
         model.set_attn_implementation(name)
         found[name] = run(model)
     torch.testing.assert_close(found["helion"], found[theirs], atol=2e-4, rtol=2e-4)
-    assert count.call_count >= calls, f"flash_attention was called {count.call_count} times, not {calls}"
+    assert count.call_count >= calls, f"{count.call_count} calls of flash_attention, not {calls}"
     return f"as with {theirs}, {count.call_count} calls of flash_attention"
 
 
 def models(name):
-    """Small random models of transformers: kinds of attention, caches, masks, and one step of training."""
+    """Small random models of transformers: kinds of attention, caches, masks, a step of training."""
     transformers = transformers_or_skip()
     tokens = torch.randint(3, 50, (2, 24), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     padded = torch.ones_like(tokens)
@@ -1570,7 +1599,8 @@ def models(name):
         return found if mask is None or "decoder_input_ids" in options else found[mask.bool()]
 
     def cached(model, *lengths, **options):
-        cache, found, n = transformers.StaticCache(config=model.config, **options) if options else None, [], 0
+        cache = transformers.StaticCache(config=model.config, **options) if options else None
+        found, n = [], 0
         for part in tokens[:, : sum(lengths)].split(lengths, 1):
             n += part.size(1)
             seen = None if n == lengths[0] else torch.ones_like(tokens[:, :n])
@@ -1583,11 +1613,13 @@ def models(name):
         mask = torch.ones_like(tokens[:, :9]) if mask is None else mask
         return model.generate(
             tokens[:, :9], attention_mask=mask, max_new_tokens=4, min_new_tokens=4, do_sample=False,
-            output_logits=True, return_dict_in_generate=True, disable_compile=True, **options).logits  # fmt: skip
+            output_logits=True, return_dict_in_generate=True, disable_compile=True, **options,
+        ).logits  # fmt: skip
 
     def packed(model):
         found = logits(model, tokens[:1], position_ids=positions % 12, use_cache=False)
-        alone = torch.cat([logits(model, part, use_cache=False) for part in tokens[:1].split(12, 1)], 1)
+        parts = tokens[:1].split(12, 1)
+        alone = torch.cat([logits(model, part, use_cache=False) for part in parts], 1)
         torch.testing.assert_close(found, alone, atol=2e-4, rtol=2e-4)
         return found
 
@@ -1597,12 +1629,13 @@ def models(name):
         return {name: x.grad.clone() for name, x in model.named_parameters()}
 
     kind, _, how = name.partition(" ")
+    static = functools.partial(generated, cache_implementation="static")
     if kind == "llama":
         run, calls = {
             "dynamic cache": (lambda model: cached(model, 12, 3, 1), 4),
             "static cache": (lambda model: cached(model, 12, 1, 1, max_cache_len=20), 2),
             "generate": (generated, 8),
-            "generate, static cache": (lambda model: generated(model, cache_implementation="static"), 2),
+            "generate, static cache": (static, 2),
             "left padding": (lambda model: logits(model, mask=padded), 0),
             "generate, left padding": (lambda model: generated(model, padded[:, :9]), 0),
             "packed": (packed, 4),
@@ -1622,10 +1655,12 @@ def models(name):
             same_as("eager", small_model(kind), logits, calls=0)
         return same_as("eager", small_model(kind, attn_logit_softcapping=None), logits, 1)
     if kind == "bert":
-        return same_as("sdpa", small_model(kind), lambda model: [logits(model), logits(model, mask=padded)], 2)
+        run = lambda model: [logits(model), logits(model, mask=padded)]
+        return same_as("sdpa", small_model(kind), run, 2)
     if kind == "t5":  # each of its layers has a position_bias
-        both = lambda model: [logits(model, mask=mask, decoder_input_ids=tokens[:, :9]) for mask in (None, padded)]
-        return same_as("sdpa", small_model(kind), lambda model: [*both(model), *generated(model)], 0)
+        some = functools.partial(logits, decoder_input_ids=tokens[:, :9])
+        run = lambda model: [some(model), some(model, mask=padded), *generated(model)]
+        return same_as("sdpa", small_model(kind), run, 0)
     sound = torch.randn(2, 8, 40, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     run = functools.partial(logits, ids=sound, decoder_input_ids=tokens[:, :9])
     with raises(ValueError, "no output_attentions"):
@@ -1838,10 +1873,11 @@ def cases(draws):
     yield [(bad_input, ())] + [(asked_for, case) for case in (("default", D), ("hopper", 64), ("hopper", 192))]
     yield [(in_torch, (name,)) for name in ("opcheck", "gradcheck", "compile", "sdpa", "export", "autocast", "errors")]
     yield [(readme_block, (i,)) for i in range(len(readme_blocks()))] + [(transformers_model, ())]
-    yield [(sdpa_lower_right, (how,)) for how in ("eager", "compile")] + [(unseen_by_all, ()), (clear_errors, ())]
+    yield [(sdpa_lower_right, (how,)) for how in ("eager", "compile")]
+    yield [(unseen_by_all, ()), (clear_errors, ())]
     yield [(dispatch_modes, (name,)) for name in ("make_fx", "flops", "selective", "logging")]
     yield [(nothing_is_kept, (name,)) for name in ("wide", "tile128", *plans)]
-    yield [(recipe_values, ()), (recipe_keywords, ())]
+    yield [(recipe_values, ()), (recipe_compiles, ()), (recipe_keywords, ())]
     yield [(models, (f"llama {how}",)) for how in LLAMA]
     yield [(models, (name,)) for name in MODELS if name != "llama"]
     if GPU:
