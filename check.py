@@ -1,11 +1,13 @@
-"""Is the kernel right? Run it against PyTorch's SDPA and print every error beside its bound.
+"""Is flash_attn.py right? In the order of a sceptic's questions: what is right (1), which cases are
+run (2), and how (3 to 6), what replaces a GPU where there is none (7), the runner (8).
 
-    python check.py             # everything; the last line is `N passed, N failed`, and `, N skipped` if any
+    python check.py             # everything; the last line is `N passed, N failed`
     python check.py -k hopper   # only the cases with "hopper" in their name
-    python check.py -k search --search 5000   # look for rows that miss the bound, at random
+    python check.py --list      # the cases, and the seconds that the slow ones take
+    python check.py -k search --search 5000   # more random rows
 
-On a GPU this runs the real kernels. Without one it executes the Triton code that Helion generates, tiles,
-masks and program order, in Triton's interpreter, and compiles it for GPUs that are not here.
+On a GPU the real kernels run. Without a GPU Triton's interpreter executes the Triton code that
+Helion generates, with its tiles, masks and order of programs; and GPUs' code is compiled.
 """
 import argparse
 import ast
@@ -17,8 +19,10 @@ import gc
 import importlib.metadata
 import importlib.util
 import inspect
+import itertools
 import math
 import multiprocessing
+import multiprocessing.util
 import os
 import random
 import re
@@ -27,65 +31,197 @@ import subprocess
 import sys
 import tempfile
 import threading
-import traceback
+import time
 import unittest
 from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 HERE = Path(__file__).resolve().parent
 GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
 if not GPU:
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, so before it
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported, which reads it
 
+import configs
 import flash_attn
 import helion
 import triton
-from flash_attn import LOG2E, configs, flash_attention
+from flash_attn import flash_attention
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention.bias import CausalVariant
 
-DEVICE = "cuda" if GPU else "cpu"
-HEAD_DIMS = (16, 32, 64, 128, 256)  # others are filled up, or hopper_kernel reads them as two of them
-D = 128 if GPU else 64  # head dim of most cases; the interpreter is slow
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in flash_attn.DTYPES}
-NAMED = {**configs.CONFIGS, "hopper": configs.HOPPER, "hopper_64": configs.HOPPER_64, "hopper_256": configs.HOPPER_256,
-         "hopper_96": configs.HOPPER, "hopper_192": configs.HOPPER_256,  # their cases have such head dims
-         "general": configs.HOPPER_GENERAL, "blackwell": configs.BLACKWELL_CUTE, "default": None}  # fmt: skip
-CAUSAL = {"dense": False, "upper_left": True, "lower_right": CausalVariant.LOWER_RIGHT}
-SPAWN = multiprocessing.get_context("spawn")
+SPAWN = multiprocessing.get_context("spawn")  # a fork of CUDA's or Triton's state breaks
 raises = unittest.TestCase().assertRaisesRegex
 
-
-class Skipped(Exception):
-    """A case that cannot run here, and why."""
+# ---- 1. What is right ----------------------------------------------------------------------------
 
 
-# The published tables: shape, Helion ms, PyTorch ms, speedup, TFLOPS, as printed.
+def sees(M, N, is_causal):
+    """[M, N]: whether row i sees key j. is_causal: as flash_attention takes it."""
+    last = N if is_causal is False else N - M if is_causal is CausalVariant.LOWER_RIGHT else 0
+    return torch.ones(M, N, dtype=torch.bool, device=DEVICE).tril(last)
+
+
+def definition(q, k, v, is_causal=False, scale=None):
+    """Attention by its formula, and lse. A row that sees no key: out 0, lse -inf, no gradient."""
+    k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))
+    scores = q @ k.mT * (q.size(3) ** -0.5 if scale is None else scale)
+    mask = sees(q.size(2), k.size(2), is_causal)
+    some = mask.any(-1)
+    scores = scores.masked_fill(~mask, -math.inf).where(some[:, None], 0.0)
+    out = scores.softmax(-1).where(some[:, None], 0.0) @ v
+    return out, scores.logsumexp(-1).where(some, -math.inf)
+
+
+def tolerance(ref, other, factor, unit=1.0, least=0.0):
+    """flash-attention's tolerance for the largest error against a reference in high precision:
+        factor * max|other - ref| + 2 * max|ref + 0.3 - 0.3 - ref|
+    other: PyTorch's result in the same dtype. The second term is one rounding of numbers of size 1
+    (hopper/test_flash_attn.py of Dao-AILab/flash-attention). factor: 2 for out (there), 3 for dq,
+    dk and dv (tests/test_flash_attn.py). unit: the size of the numbers, if not 1. least: PyTorch's
+    error counts at least as much."""
+    low = ref.to(other.dtype)
+    rounding = (low + 0.3 * unit - 0.3 * unit - low).abs().max().item()
+    return factor * max((other - ref).abs().max().item(), least) + 2 * rounding
+
+
+def sdpa(q, k, v, is_causal=False, scale=None):
+    """PyTorch's attention."""
+    mask = None if is_causal is False else sees(q.size(2), k.size(2), is_causal)
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
+
+
+# ---- 2. The cases --------------------------------------------------------------------------------
+HEAD_DIMS = (16, 32, 64, 128, 256)  # others are padded with zeros
+D = 128 if GPU else 64  # the head dim of most cases; the interpreter is slow
+GENERAL = configs.best((9, 0), 128, torch.bfloat16, 1, 1, 1)  # forward_kernel's Tuning on Hopper
+NAMED = {**configs.CONFIGS, "hopper": configs.HOPPER, "hopper_64": configs.HOPPER_64,
+         "hopper_256": configs.HOPPER_256, "general": GENERAL, "default": None,
+         "blackwell": configs.BLACKWELL_CUTE}  # fmt: skip
+LOWER_RIGHT, INF = CausalVariant.LOWER_RIGHT, math.inf
+MASKS = {"dense": False, "upper_left": True, "lower_right": LOWER_RIGHT}
+REPORT, BF16, HALF = tuple(configs.CONFIGS), ("bfloat16",), ("bfloat16", "float16")
+ALL, FLOAT = (*HALF, "float32"), ("float32",)
+PLANS = ("hopper", "general", "default") if GPU else ("hopper", "default")
+OURS = ("general", "default") if GPU else ("default",)
+H64, H256 = ("hopper_64",), ("hopper_256",)
+# Groups of 1, 2 and 8 heads; one query; rows that see no key; diagonals inside of tiles.
+MASKED = ((1, 2, 2, 128, 256), (1, 2, 1, 450, 450), (1, 8, 1, 129, 520), (1, 2, 2, 300, 140),
+          (1, 4, 2, 1, 400), (1, 2, 2, 384, 128), (1, 2, 2, 2, 129))  # fmt: skip
+FORWARD = [  # configs, dtypes, D, mask, layout, and (B, H, Hk, M, N) of each case
+    # Lengths: one query, one key, less than a tile, a tile, a tile and one more, ragged.
+    (PLANS, BF16, D, "dense", "bhsd", (2, 1, 1, 1, 1), (2, 1, 1, 17, 17), (2, 1, 1, 128, 128),
+     (2, 2, 2, 129, 129), (1, 3, 3, 300, 1), (1, 3, 3, 300, 129), (1, 3, 3, 300, 520)),
+    (("hopper",), ("float16",), D, "dense", "bhsd", (1, 3, 3, 300, 1), (1, 3, 3, 300, 256)),
+    (H64, HALF, 64, "dense", "bhsd", (2, 2, 2, 300, 129), (1, 3, 3, 300, 256)),
+    (H256, HALF, 256, "dense", "bhsd", (1, 3, 3, 129, 256), (1, 1, 1, 300, 300)),
+    (REPORT, BF16, D, "dense", "bhsd", (1, 3, 3, 300, 129), (1, 3, 3, 17, 520)),
+    # Head dims. Padded ones may not read what lies beside them.
+    (PLANS, ALL, 16, "dense", "bhsd", (1, 2, 2, 129, 300)),
+    (PLANS, HALF, 32, "dense", "bhsd", (1, 2, 2, 129, 300)),
+    (PLANS, ALL, 64, "dense", "bhsd", (1, 2, 2, 129, 300)),
+    (PLANS, ALL, 128, "dense", "bhsd", (1, 2, 2, 129, 300)),
+    (OURS, HALF, 256, "dense", "bhsd", (1, 2, 2, 129, 300)),
+    (REPORT, HALF, D, "dense", "bhsd", (1, 2, 2, 129, 300)),
+    (("autotuned",), FLOAT, 16, "dense", "bhsd", (1, 2, 2, 129, 300)),
+    (("autotuned",), BF16, 256, "dense", "bhsd", (1, 2, 2, 129, 300)),
+    *((PLANS, dtypes, dim, "upper_left", "poisoned", (2, 2, 2, 150, 200))
+      for dtypes, dim in ((BF16, 8), (ALL, 24), (HALF, 72), (BF16, 96))),
+    (H64, HALF, 40, "upper_left", "poisoned", (2, 2, 2, 150, 200)),
+    (H256 + OURS, HALF, 136, "upper_left", "poisoned", (2, 2, 2, 150, 200)),
+    (H256, BF16, 192, "dense", "poisoned", (2, 2, 2, 150, 200)),
+    # Masks; and keys that a row does not see, in its own tile, larger by 2^20 than all it sees.
+    *(row for mask in ("upper_left", "lower_right") for row in (
+        (PLANS, HALF, D, mask, "bhsd", *MASKED),
+        (OURS, FLOAT, D, mask, "bhsd", *MASKED[::3]),
+        (H64, HALF, 64, mask, "bhsd", *MASKED[1::2]),
+        (H256, HALF, 256, mask, "bhsd", *MASKED[::3]))),
+    (H64, BF16, 64, "upper_left", "bhsd", (1, 4, 2, 600, 600)),  # pairs of three tiles
+    *((names, HALF, dim, mask, "unseen", (1, 1, 1, M, N))
+      for names, dim in ((PLANS, D), (H64, 64), (H256, 256))
+      for mask, M, N in (("upper_left", 256, 256), ("lower_right", 200, 328),
+                         ("lower_right", 150, 300))),
+    # Layouts. TMA does not read the last ones: the Hopper kernel gets copies.
+    *((PLANS, BF16, D, "dense", layout, (2, 2, 2, 129, 300)) for layout in (
+        "bshd", "packed", "one_head", "sbhd", "odd", "shifted", "columns", "one_row", "one_batch")),
+    (H256, BF16, 256, "dense", "packed", (2, 2, 2, 129, 300)),
+    (REPORT, BF16, D, "dense", "bshd", (2, 2, 2, 129, 300)),
+    *((("tile128",), BF16, D, "dense", layout, (2, 2, 2, 129, 300))
+      for layout in ("packed", "odd")),
+]  # fmt: skip
+BOTH = ("hopper", "default")  # Hopper's kernels of the gradient, and the others
+GRADIENT = [  # and what of ds is kept at a time: all, two heads of keys, 128 queries of one head
+    (BOTH, ALL, D, "dense", "bshd", "all", (1, 2, 2, 128, 256), (1, 2, 2, 1, 200)),
+    (BOTH, BF16, D, "dense", "bshd", "heads", (2, 4, 2, 150, 300)),
+    (BOTH, BF16, D, "upper_left", "bshd", "queries", (2, 4, 2, 150, 300)),
+    (BOTH, BF16, D, "lower_right", "bhsd", "queries", (2, 4, 2, 150, 300), (1, 4, 2, 1, 200)),
+    (("default",), ("float16", "float32"), D, "upper_left", "bhsd", "queries", (1, 4, 2, 150, 200)),
+    (BOTH, BF16, 72, "upper_left", "bshd", "heads", (1, 4, 1, 129, 200)),
+    (BOTH, BF16, 72, "dense", "bshd", "queries", (1, 2, 1, 300, 200)),
+    (BOTH, BF16, 96, "lower_right", "poisoned", "all", (2, 2, 2, 150, 200)),
+    (BOTH, BF16, 16, "lower_right", "bshd", "heads", (1, 10, 5, 200, 140)),
+    (BOTH, BF16, 40, "upper_left", "columns", "queries", (1, 3, 1, 260, 133)),
+    (BOTH, HALF, 40, "lower_right", "odd", "all", (1, 3, 1, 260, 133)),
+    (BOTH, BF16, 64, "upper_left", "bhsd", "queries", (1, 2, 2, 256, 256)),
+    (BOTH, BF16, 128, "upper_left", "bshd", "queries", (2, 1, 1, 200, 209)),
+    (BOTH, HALF, 128, "dense", "packed", "heads", (2, 2, 1, 200, 209)),
+    (BOTH, BF16, 256, "dense", "bshd", "heads", (2, 1, 1, 200, 209)),
+    (BOTH, BF16, 256, "upper_left", "bshd", "queries", (1, 2, 1, 200, 209)),
+]  # fmt: skip
+DENSE, FP16 = ("bfloat16",), ("float16",)
+RAGGED, CAUSAL = ("bfloat16", LOWER_RIGHT, 1, 4096, 4097), ("float16", True)
+CODE = [  # name, bytes that may spill, threads of first and last kernels, machine_code's jobs
+    # What flash_attention takes by itself, and its gradient with the forward before it. sm_86 and
+    # sm_89 have sm_80's instructions and less shared memory.
+    ("best_config", 128, None, (), (None, 89, 64), ("gradient", 89, 128), ("gradient", 89, 256)),
+    ("best_config", 128, None, (), *((None, 100, dim) for dim in (32, 64, 256)),
+     ("gradient", 100, 128), (None, 120, 128)),
+    # The README has the spills of the report's.
+    ("report_config", INF, None, (), ("autotuned", 90), ("tile128", 90)),
+    ("report_config", INF, None, (), ("tma_persistent", 100), ("tile128", 100)),
+    # With Triton 3.6 and 3.7 hopper_forward_kernel is specialised, 12 warps, masked or not, with an
+    # exact lse or not; of the gradient dkdv_kernel up to D = 128, and hopper_dq_kernel.
+    *(("hopper_code", 128, 384, (), *((name, 90, dim, *case) for case in (DENSE, RAGGED, FP16)))
+      for name, dim in (("hopper_64", 64), ("hopper", 128), ("hopper_256", 256))),
+    *(("hopper_code", 128, 384, last,
+       *(("gradient", 90, dim, *case) for case in (DENSE, RAGGED, CAUSAL))) for dim, last in (
+          (64, (384, 384)), (128, (384, 256)), (256, (256, 256, 256)))),
+    # Helion's cute backend recognises the loop: causal, GQA, lengths that 256 does not divide.
+    *(("blackwell_compiles", 16, None, (), *(("blackwell", 100, dim, *case) for case in (
+        DENSE, (*DENSE, True, 4), (*DENSE, False, 1, 384), CAUSAL))) for dim in (64, 128)),
+]  # fmt: skip
+SECONDS = {  # of the slow cases without a GPU, on an idle core, with Triton's cache empty
+    "code best": 20, "code report": 10, "code .* [4-6]": 12, "code hopper": 25, "refused": 7,
+    "copied_files": 10, "recipe_values": 15, "training": 7, "blackwell_loop": 9, "large_tensor": 10,
+    "new_lengths": 13, "another_call": 9, "special_values hopper": 13, "asked_for": 7,
+    "hard_rows .* edges": 9, r"gradient \S+ \S+ (72|256)": 6, "hard_gradients": 5,
+}  # fmt: skip
+# The report's tables (NVIDIA B200): shape, Helion ms, PyTorch ms, speedup, TFLOPS, as printed.
 PUBLISHED = {
     "autotuned": [
         ((2, 32, 1024, 128), 0.2122, 0.1230, 0.58, 161.9),
         ((4, 32, 2048, 128), 1.0717, 0.7299, 0.68, 256.5),
         ((4, 32, 4096, 128), 3.9385, 2.8049, 0.71, 279.2),
         ((8, 32, 2048, 128), 2.0359, 1.4325, 0.70, 270.0),
-        ((16, 64, 4096, 128), 30.5381, 21.9485, 0.72, 288.0),
-    ],
+        ((16, 64, 4096, 128), 30.5381, 21.9485, 0.72, 288.0)],
     "tma_persistent": [
         ((2, 32, 1024, 128), 0.1928, 0.1231, 0.64, 178.2),
         ((4, 32, 4096, 128), 4.2923, 2.8052, 0.65, 256.2),
-        ((16, 64, 4096, 128), 32.8050, 21.9438, 0.67, 268.1),
-    ],
+        ((16, 64, 4096, 128), 32.8050, 21.9438, 0.67, 268.1)],
     "tile128": [
         ((2, 32, 1024, 128), 0.1470, 0.1235, 0.84, 233.8),
         ((4, 32, 2048, 128), 0.7319, 0.7316, 1.00, 375.6),
         ((4, 32, 4096, 128), 2.7222, 2.8071, 1.03, 403.9),
         ((8, 32, 2048, 128), 1.4363, 1.4337, 1.00, 382.8),
         ((16, 64, 4096, 128), 20.7709, 21.9450, 1.06, 423.5),
-        ((8, 64, 8192, 128), 41.6737, 43.5296, 1.04, 422.1),
-    ],
-}
+        ((8, 64, 8192, 128), 41.6737, 43.5296, 1.04, 422.1)],
+}  # fmt: skip
 
 
 def flops(shape):
@@ -94,47 +230,1093 @@ def flops(shape):
     return 4 * B * H * S * S * D
 
 
-# ---- What flash_attn.py keeps to itself and is used here ------------------------------------------
+def make(shape, dtype="bfloat16", keys=None, heads=None, seed=0):
+    """Random normal q: [B, H, S, D] and k, v: [B, heads, keys, D]."""
+    generator, (B, H, S, D) = torch.Generator(DEVICE).manual_seed(seed), shape
+    kv = heads or H, keys or S
+    return [torch.randn(B, h, n, D, generator=generator, device=DEVICE).to(DTYPES[dtype])
+            for h, n in ((H, S), kv, kv)]  # fmt: skip
 
 
-def forget():
-    """The next call is as the first one of a process."""
-    flash_attn._bind.cache_clear()
-    flash_attn._compiled.clear()
-    flash_attn._calls.clear()
+def bshd(x):
+    """The same numbers, in memory as [B, S, H, D]."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def compiled():
-    return set(flash_attn._compiled)
+def poisoned(x):
+    """The same numbers, in memory as [B, S, H, D], with NaN and inf beside, below and behind."""
+    B, H, S, D = x.shape
+    around = x.new_full((B, S + 3, H + 1, D + 40), math.nan)
+    around[:, :, H:] = math.inf
+    return around[:, :S, :H, :D].copy_(x.transpose(1, 2)).transpose(1, 2)
 
 
-def launches(config, q, k, v, is_causal):
-    """Call what flash_attention calls with fake tensors; "gradient" for config is also its gradient."""
-    grouped = k.size(1) < q.size(1)
-    if config == "gradient":
-        _, lse = flash_attn._eager(q, k, v, is_causal, None, grouped, None, True)
-        flash_attn._gradients(q, k, v, q, lse, q, None, is_causal, None, True, True)
+def unseen(q, k, v):
+    """The last six keys are very large, for every query."""
+    q[..., 0], k[..., 0] = 8, 0
+    k[:, :, -6:, 0] = 2.5 * q.size(3) ** 0.5
+    return q, k, v
+
+
+def shifted(x):
+    """The same numbers, from an address that is no multiple of 16 bytes on."""
+    return x.new_empty(x.numel() + 1)[1:].view_as(x).copy_(x)
+
+
+each = lambda change: lambda q, k, v: (change(q), change(k), change(v))
+packed = lambda q, k, v: (bshd(q), *torch.cat([k, v], -1).split(k.size(3), -1))  # k beside v
+LAYOUTS = {
+    "bhsd": each(lambda x: x),
+    "bshd": each(bshd),
+    "packed": packed,
+    "one_head": lambda *qkv: (qkv[0], *(x[:, :1].expand_as(x) for x in packed(*qkv)[1:])),
+    "sbhd": lambda q, k, v: (q.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3), bshd(k), k),
+    "odd": each(lambda x: torch.cat([x, x], -1)[..., 1 : x.size(3) + 1]),  # no row at 16 bytes
+    "shifted": each(shifted),
+    "columns": each(lambda x: x.mT.contiguous().mT),  # rows are not contiguous
+    "one_row": lambda q, k, v: (q[:, :, :1].expand_as(q), k, v),
+    "one_batch": each(lambda x: x[:1].expand_as(x)),
+    "poisoned": each(poisoned),
+    "unseen": unseen,
+}
+
+
+# ---- 3. Forward and gradient ---------------------------------------------------------------------
+# A case is a function with its arguments. It raises where something is wrong, or returns a line.
+
+
+class Skipped(Exception):
+    """A case that cannot run here, and why."""
+
+
+def compare(out, q, k, v, scale=None, unit=1.0, least=0.0, is_causal=False, lse=None, atol=2e-5,
+            ref=None):  # fmt: skip
+    """Hold out to the tolerance. Rows with NaN or inf are those that have it by definition.
+    lse: held to atol: its error is a relative error of every p. ref: the definition, if known."""
+    what = f"at q {tuple(q.shape)}, k {tuple(k.shape)}, is_causal {is_causal}, scale {scale}"
+    assert out.shape == q.shape and out.dtype == q.dtype, (out.shape, out.dtype, what)
+    other = sdpa(q, k, v, is_causal, scale)
+    if ref is None or lse is not None:
+        ref, lse_ref = definition(q.double(), k.double(), v.double(), is_causal, scale)
+    if lse is not None:
+        assert lse.shape == q.shape[:3] and lse.dtype == torch.float32, (lse.shape, lse.dtype, what)
+        message = lambda text: f"lse: {text} {what}"
+        torch.testing.assert_close(lse.double(), lse_ref, atol=atol, rtol=2e-6, msg=message)
+    finite = ref.isfinite().all(-1)
+    assert torch.equal(out.isfinite().all(-1), finite), f"not finite in other rows {what}"
+    if not other[finite].isfinite().all():  # cuDNN gives NaN where the scale is not positive
+        with sdpa_kernel(SDPBackend.MATH):
+            other = sdpa(q, k, v, is_causal, scale)
+    bound = tolerance(ref[finite], other[finite], 2, unit, least)
+    error = (out - ref)[finite].abs().max().item()
+    assert error <= bound, f"error {error:.2e} > bound {bound:.2e} {what}"
+    return f"error {error:.2e} <= bound {bound:.2e}"
+
+
+def tuning(config, q, k):
+    """The Tuning that flash_attention runs."""
+    capability = torch.cuda.get_device_capability() if GPU else None
+    (B, H, M, dim), N = q.shape, k.size(2)
+    return NAMED[config] or configs.best(capability, dim, q.dtype, B * H, M, N)
+
+
+def forward(config, dtype, D, mask, layout, B, H, Hk, M, N):
+    """out, and for our own kernels lse; with lse is another kernel."""
+    q, k, v = LAYOUTS[layout](*make((B, H, M, D), dtype, N, Hk))
+    is_causal, gqa, plan, lse = MASKS[mask], H != Hk, NAMED[config], None
+    attend = functools.partial(
+        flash_attention, q, k, v, is_causal=is_causal, enable_gqa=gqa, config=plan)  # fmt: skip
+    try:
+        out = attend()
+    except Exception as error:
+        if config in (*REPORT, "general") and type(error).__name__ == "OutOfResources":
+            raise Skipped(f"does not fit this GPU: {error}") from None
+        if config == "tile128" and D != 128 and "PassManager" in str(error):
+            raise Skipped("Triton before 3.9 does not compile it for sm_90") from None
+        raise
+    if mask == "upper_left" and dtype != "float32":
+        first = v[:, :, :1].repeat_interleave(H // Hk, 1)
+        assert torch.equal(out[:, :, :1], first), "a row that sees one key is not its v"
+    if q.stride(3) == 1:
+        assert out.stride() == torch.empty_like(q).stride(), "out is not in q's layout"
+    if config not in REPORT:
+        again, lse = attend(return_lse=True)
+        assert torch.equal(out, again), "out depends on return_lse"
+    in_place = layout in ("bshd", "packed", "one_head", "sbhd")
+    if in_place or layout in ("odd", "shifted", "columns"):
+        copies, clone = [], torch.Tensor.clone
+        noting = lambda x, **options: copies.append(x) or clone(x, **options)
+        with mock.patch.object(torch.Tensor, "clone", noting):
+            attend()
+        # TMA needs rows at multiples of 16 bytes.
+        tma = config not in REPORT and tuning(config, q, k).kernel == "hopper_forward"
+        assert len(copies) == (0 if in_place or not tma else 3), f"{len(copies)} copies"
+    if layout == "unseen":  # the rows that do not see the last keys
+        (out, q, k, v), lse = (x[:, :, :-6] for x in (out, q, k, v)), None
+    return compare(out, q, k, v, is_causal=is_causal, lse=lse)
+
+
+@contextlib.contextmanager
+def gradient_of(config):
+    """Inside, the gradient of a hopper config runs with Hopper's tunings, without a GPU, too."""
+    best = configs.best_gradient
+    hopper = lambda capability, *rest, **options: best((9, 0), *rest, **options)
+    with mock.patch.object(configs, "best_gradient", hopper if "hopper" in config else best):
+        yield
+
+
+def compare_gradients(qkv, options, with_lse=False, scale=None, least=(0.0, 0.0, 0.0)):
+    """Hold dq, dk and dv of random gradients of out and lse to the tolerance. least: of each."""
+    is_causal, dtype = options.get("is_causal", False), qkv[0].dtype
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    do = torch.randn(qkv[0].shape, generator=generator, device=DEVICE).to(dtype)
+    dlse = torch.randn(do.shape[:3], generator=generator, device=DEVICE) * with_lse
+
+    def gradients(attend, dtype):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in qkv]
+        out, lse = attend(*leaves)
+        lse = torch.where(lse > -math.inf, lse, 0.0)
+        loss = (out * do.to(dtype)).sum().double() + (lse.double() * dlse).sum()
+        return torch.autograd.grad(loss, leaves)
+
+    def ours(*qkv):
+        attend = functools.partial(flash_attention, enable_gqa=True, scale=scale, **options)
+        return attend(*qkv, return_lse=True) if with_lse else (attend(*qkv), torch.zeros(()))
+
+    high = functools.partial(definition, is_causal=is_causal, scale=scale)
+    pytorch = lambda *qkv: (sdpa(*qkv, is_causal, scale), high(*(x.float() for x in qkv))[1])
+    found, ref, lines = gradients(ours, dtype), gradients(high, torch.float64), []
+    lse = high(*(x.double() for x in qkv))[1]
+    lse = lse.where(lse > -INF, 0.0).abs().max().item()
+    of_p = 2.0**-21 * (2 + lse)  # the relative error of exp(score - lse) in float32
+    for name, x, y, other, low in zip("qkv", found, ref, gradients(pytorch, dtype), least):
+        unit = y.abs().max().item()
+        bound = tolerance(y, other.nan_to_num(), 3, unit, low) + of_p * unit
+        error = (x - y).abs().max().item()
+        lines.append(f"d{name} {error:.1e} <= {bound:.1e}")
+        where = f"at {[tuple(x.shape) for x in qkv]}, {options}, scale {scale}, lse {with_lse}"
+        assert error <= bound, f"not {lines[-1]} {where}"
+    return ", ".join(lines)
+
+
+def gradient(config, dtype, D, mask, layout, kept, B, H, Hk, M, N):
+    """dq, dk and dv: with the gradient of lse; and with a negative scale."""
+    qkv = LAYOUTS[layout](*make((B, H, M, D), dtype, N, Hk))
+    plan = NAMED["hopper_256" if config == "hopper" and D > 128 else config]
+    plan = None if dtype == "float32" else plan
+    of_head = H // Hk * -(-M // 128) * -(-N // 128) * 2**14 * qkv[0].element_size()  # of keys
+    budget = {"all": flash_attn.DS_BYTES, "heads": 2 * of_head, "queries": 1}[kept]
+    options = dict(is_causal=MASKS[mask], config=plan)
+    small = dict(DS_BYTES=budget, DS_KEYS=flash_attn.DS_KEYS if kept == "all" else 1)
+    with gradient_of(config), mock.patch.multiple(flash_attn, **small):
+        compare_gradients(qkv, options, scale=-0.3)
+        return compare_gradients(qkv, options, with_lse=True)
+
+
+# ---- 4. Hard rows --------------------------------------------------------------------------------
+# The Hopper kernel subtracts no maximum in bf16, and a row is right only if a test notices that its
+# numbers left float32's range: these heads have rows on both sides of each edge of that test, where
+# random inputs never come. One wrong row hides behind the larger error of another, so the rows of a
+# head are alike, and each head is held to the tolerance by itself. Scores are in nats.
+HEADS, ROWS, KEYS, MANY = 8, 256 if GPU else 64, 300, 131072 if GPU else 4096
+LN2, LOG2E = math.log(2), math.log2(math.e)
+LARGEST = {torch.bfloat16: 1e36, torch.float16: 1e4}  # of v
+
+
+def in_pieces(x):
+    """Three columns that sum up to x: one bf16 has 8 bits, which is too few for a score."""
+    first = x.bfloat16().double()
+    second = (x - first).bfloat16().double()
+    return torch.stack([first, second, x - first - second], -1)
+
+
+def hard_head(dtype, keys, seed, dim=D, shift=0.0, sweep=0.0, spread=0.0, gap=0.0, upper=0.5,
+              values="normal", size=1.0, columns=slice(None)):  # fmt: skip
+    """q: [ROWS, dim], k, v: [keys, dim]: one head with scores and values to measure.
+
+    shift is added to all scores, and another 0 to sweep from the first row to the last. spread:
+    the standard deviation of scores. A share of `upper` of the keys, one at least, is on an upper
+    level; the others are lower by gap and another 0 to 1 bit, so that each row rounds its p
+    differently. values: "normal", "positive", on the "upper" or "lower" keys only, "opposed" on the
+    two levels, or "biased", which sets scores, too. size: of the largest result, unless v would
+    exceed LARGEST. columns: v is 0 in others.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)
+    uniform = lambda *shape: torch.rand(shape, generator=generator, dtype=torch.float64)
+    low = torch.randperm(keys, generator=generator) >= min(max(round(upper * keys), 1), keys - 1)
+    scores, is_odd = torch.zeros(keys, dtype=torch.float64), torch.arange(keys) % 2 == 1
+    if values == "biased":
+        # The mantissas of p of odd and even keys are a factor of 1.5 or 0.75 apart, and so is what
+        # truncation takes from them on average. Rounding to nearest takes nothing.
+        scores, low = LN2 * (0.1 * uniform(keys) + 0.6 * is_odd), torch.zeros_like(low)
+        v = torch.where(is_odd, -(0.5**0.6), 1.0)[:, None] * (1 + uniform(dim))
+    elif values == "positive":
+        v = uniform(keys, dim)
+    elif values == "opposed":
+        v = torch.where(low, 1.0, -1.0)[:, None] * (1 + uniform(dim))
     else:
-        flash_attn._eager(q, k, v, is_causal, None, grouped, config, False)
+        share = {"normal": 1.0, "upper": ~low[:, None], "lower": low[:, None]}[values]
+        v = normal(keys, dim) * share
+    inside = torch.zeros(dim)
+    inside[columns] = 1
+    v *= inside
+    root, rest, along = dim**0.5, dim - 9, torch.linspace(0, 1, ROWS, dtype=torch.float64)
+    ones = lambda n: torch.ones(n, 3, dtype=torch.float64)
+    shifts, gaps = in_pieces(root * (shift + sweep * along)), in_pieces(root * -(gap + LN2 * along))
+    q_rest = normal(ROWS, rest) * spread * (dim / rest) ** 0.5
+    q = torch.cat([ones(ROWS), shifts, gaps, q_rest], -1).to(dtype)
+    k = [in_pieces(root * scores), ones(keys), ones(keys) * low[:, None], normal(keys, rest)]
+    k = torch.cat(k, -1).to(dtype)
+    largest = definition(*(x[None, None].double().to(DEVICE) for x in (q, k, v)))[0].abs().max()
+    v *= min(size / largest.item(), LARGEST[dtype] / v.abs().max().item())
+    return q.to(DEVICE), k.to(DEVICE), v.to(dtype).to(DEVICE)
 
 
-def opcheck(q, k, v):
-    """torch.library's own checks of the operator behind flash_attention."""
-    torch.library.opcheck(flash_attn._operator, (q, k, v, 1, None, True, True))
-    q, k, v = (x.detach() for x in (q, k, v))
-    out, lse = flash_attention(q, k, v, is_causal=True, enable_gqa=True, return_lse=True)
-    for kept in (flash_attn.KEPT, 1):  # in one part and in several
-        forget()
-        with mock.patch.object(flash_attn, "KEPT", kept):
-            torch.library.opcheck(flash_attn._backward_operator, (q, k, v, out, lse, q, None, 1, None), test_utils="test_faketensor")
-    forget()
+def rounded_once(q, k, v, ref):
+    """The largest error of four ways to do attention in float32 with p rounded to v's dtype once.
+
+    SDPA's error can be 0 by luck: its largest p is exactly 1, and where few keys count the other p
+    may be exact, too. A kernel that subtracts another number than the maximum is as right, and has
+    that error. So here the largest p is 2^-t for four t, and the sums have four orders.
+    """
+    errors = []
+    for t in (0, 0.25, 0.5, 0.75):
+        q_t, k_t = (x.float().roll(int(t * x.size(-1)), -1) for x in (q, k))
+        x = (q_t @ k_t.mT) * (q.size(-1) ** -0.5 * LOG2E)
+        p = torch.exp2(x - x.amax(-1, keepdim=True) - t).to(v.dtype).float()
+        tiles = list(zip(p.split(32, -1), v.float().split(32, -2)))
+        acc, l_i = sum(p @ v for p, v in tiles), sum(p.sum(-1, True) for p, _ in tiles)
+        errors.append((acc / l_i - ref).abs().max().item())
+    return max(errors)
 
 
-# ---- Without a GPU: execute and compile ----------------------------------------------------------
+# The rows of a head leave the range in one way: the fix-up computes neighbours of a noticed row.
+SHIFTS = [dict(shift=s, sweep=0.5, spread=1.0) for s in (-300, -100, -60, -20, 20, 60, 100, 300)]
+# One key is on the upper level, or half of them, or most. At -4 their p sum up to more than 1; at
+# -60 to a float32, but p of the lower level are below the smallest float32.
+LEVELS = [dict(shift=shift, gap=gap, upper=upper) for shift in (-4, -60, 60) for gap, upper in (
+    (2, 0.0), (2, 1.0), (5, 0.5), (8, 0.5), (8, 1.0), (11, 0.5), (20, 0.0), (40, 0.5))]  # fmt: skip
+HARD = {
+    "shifts": SHIFTS,
+    "shifts_in_one_head": [
+        dict(shift=-300, sweep=600, spread=spread) for spread in (0, 0.1, 0.3, 1, 2, 3, 5, 10)],
+    # Just before 88 nats p sums up to inf in float32 while no single p, sum of a tile or sum of p v
+    # is inf: with an offset of 40 bits from 55.1 to 56.1 nats. The last heads are at the lower
+    # edge: tiny p of large values, which all p being a few bits smaller would lose.
+    "edges": [dict(shift=shift, sweep=0.2, spread=0.1, size=2.0**-10) for shift in (
+        *range(-100, 156, 8), *(52 + i / 4 for i in range(24)))] + [
+        dict(shift=s, gap=86, upper=1.0, values="lower", size=INF) for s in range(-35, -27)],
+    # Two heads leave the range in their first or last columns alone.
+    "large_values": [dict(head, values="positive", size=INF, columns=columns)
+                     for head, columns in zip(SHIFTS, [slice(None)] * 3 + [
+                         slice(-8, None), slice(8)] + [slice(None)] * 3)],
+    "spreads": [dict(spread=spread) for spread in (0.1, 0.3, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0)],
+    "upper_level": [dict(head, values="upper") for head in LEVELS],
+    "lower_level": [dict(head, values="lower") for head in LEVELS],
+    # One large p and many tiny ones that weigh as much; tiny ones that sum up to 1 or 2.7; biased.
+    "many_keys": [
+        dict(gap=math.log(MANY), upper=0.0, values="opposed"),
+        dict(gap=math.log(MANY), upper=0.0, values="positive", shift=-0.5),
+        dict(shift=-math.log(MANY), sweep=1.0, upper=1.0, values="positive"),
+        dict(values="biased")],
+    # For the report's kernel: equal keys, scores far off, one key far above, large values.
+    "mixed": [
+        dict(), SHIFTS[0], SHIFTS[7], dict(gap=60, upper=0, values="lower"), dict(gap=60, upper=0),
+        dict(spread=30.0), dict(SHIFTS[1], values="positive", size=INF), dict(spread=2.0)],
+}  # fmt: skip
+
+
+def drawn(dtype, seed):
+    """Random parameters of hard_head."""
+    draw = random.Random(seed)
+    return dict(
+        shift=round(draw.choice([300, 90, 20, 6]) * draw.uniform(-1, 1), 3),
+        sweep=draw.choice([0.0, 0.5, 5.0]),
+        spread=draw.choice([0.0, 0.1, round(10 ** draw.uniform(-1, 1.5), 3)]),
+        gap=round(draw.choice([10, 40]) * draw.random(), 3),
+        upper=draw.choice([0.0, 0.1, 0.5, 0.9, 1.0]),
+        values=draw.choice(["normal", "positive", "upper", "lower", "lower", "opposed"]),
+        size=10.0 ** draw.randint(*(-2, 4) if dtype == "float16" else (-6, 36)),
+    )
+
+
+def hard_rows(config, dtype, kind, draws=0):
+    """The heads of a kind, or random ones, the same at every call."""
+    heads = [drawn(dtype, seed) for seed in range(draws)] if kind == "search" else HARD[kind]
+    keys = MANY if kind == "many_keys" else 256 if config == "hopper_256" else KEYS  # 256: no mask
+    missed, dim = [], {"hopper_64": 64, "hopper_256": 256}.get(config, D)
+    for first in range(0, len(heads), HEADS):
+        some = list(enumerate(heads))[first : first + HEADS]
+        made = [hard_head(DTYPES[dtype], keys, seed, dim, **head) for seed, head in some]
+        qkv = [torch.stack(x)[None] for x in zip(*made)]
+        out = flash_attention(*qkv, config=NAMED[config])
+        for i, (seed, head) in enumerate(some):
+            q, k, v = (x[:, i : i + 1] for x in qkv)
+            ref = definition(q.double(), k.double(), v.double())[0]
+            least, unit = rounded_once(q, k, v, ref), ref.abs().max().item()
+            try:
+                line = compare(out[:, i : i + 1], q, k, v, None, unit, least, ref=ref)
+            except AssertionError as error:
+                missed.append(f"{error} at seed {seed}, {head}")
+    assert not missed, f"{len(missed)} of {len(heads)} heads, the first one: {missed[0]}"
+    return f"{len(heads)} heads, the last one: {line}"
+
+
+def hard_gradients(config, dtype):
+    """Rows with scores far from 0, and with two levels, of which one has the values.
+
+    SDPA's error can be small by luck: where one key has most of p, one element of ds in 16 bits
+    makes the largest error of dk. So it counts at least a third of four standard deviations of what
+    rounding p, ds and out moves, and of what float32's rounding of lse moves."""
+    heads = SHIFTS[::3] + [
+        dict(head, values=values) for head in LEVELS[::11] for values in ("upper", "lower")]
+    rounding, scale = lambda x: x.to(DTYPES[dtype]) - x, D**-0.5
+    for i, head in enumerate(heads):
+        qkv = [x[None, None] for x in hard_head(DTYPES[dtype], KEYS, i, **head)]
+        q, k, v = (x.double() for x in qkv)
+        generator = torch.Generator(DEVICE).manual_seed(1)  # as in compare_gradients
+        do = torch.randn(q.shape, generator=generator, device=DEVICE).to(q.dtype)
+        out, lse = definition(q, k, v)
+        p, dp = (q @ k.mT * scale - lse[..., None]).exp(), do @ v.mT
+        of_ds = rounding(p * (dp - (out * do).sum(-1, True)))
+        of_delta, exact = (rounding(out) * do).sum(-1, True), 2.0**-21 * lse.abs().max() * p * dp
+        noise = (scale * (of_ds**2 @ k**2 + (of_delta * (p @ k)) ** 2 + exact**2 @ k**2).sqrt(),
+                 scale * ((of_ds**2 + (of_delta * p) ** 2 + exact**2).mT @ q**2).sqrt(),
+                 ((rounding(p) ** 2).mT @ do**2).sqrt())  # fmt: skip
+        least = [4 / 3 * x.abs().max().item() for x in noise]
+        with gradient_of(config):
+            line = compare_gradients(qkv, dict(config=NAMED[config]), least=least)
+    return f"{len(heads)} heads, the last one: {line}"
+
+
+# ---- 5. Interface --------------------------------------------------------------------------------
+kernels = lambda: {key[0].name.lstrip("_") for key in flash_attn.LAUNCHES}  # that are compiled
+refuse_to_compile = functools.partial(
+    mock.patch.object, helion.Kernel, "bind", side_effect=AssertionError("it was compiled"))
+
+
+def another_call(config):
+    """A call that differs from the last one in one thing is another call, and what is compiled in
+    is in the keys of LAUNCHES."""
+    attend = functools.partial(flash_attention, config=NAMED[config])
+    x, k, v = make((1, 2, 144, D))
+    flash_attn.LAUNCHES.clear()
+    for x in (x[..., :32], x):  # a small head dim first: the kernel of a large one would take it, too
+        compare(attend(x, x, x), x, x, x)  # one tensor, then three
+    q = make((1, 2, 144, D), seed=1)[0]
+    compare(attend(q, k, v), q, k, v)
+    known = set(flash_attn.LAUNCHES)
+    apart = lambda x: torch.cat([x, x], 2)[:, :, :144]
+    some = q, k[:, :, :130], v[:, :, :130]
+    each_of = lambda change: [
+        ([change(x) if i == j else x for j, x in enumerate((q, k, v))], {}) for i in range(3)]
+    for qkv, options in (
+        *each_of(apart), *each_of(shifted), (some, dict(is_causal=True)), (some, dict(scale=0.2)),
+        (some, dict(is_causal=LOWER_RIGHT)), ([x.half() for x in (q, k, v)], {}),
+    ):  # fmt: skip
+        compare(attend(*qkv, **options), *qkv, **options)
+        compare(attend(q, k, v), q, k, v)
+    added = [x[0].name for x in flash_attn.LAUNCHES if x not in known].count("_forward_kernel")
+    best = tuning(config, q, k)
+    if best.kernel == "forward":  # not aligned; float16
+        assert added == 2, f"{added} more of forward_kernel"
+    other = helion.Config(**{**best.config.config, "num_stages": 1 + best.config.num_stages % 2})
+    known = len(flash_attn.LAUNCHES)
+    flash_attention(q, k, v, config=dataclasses.replace(best, config=other))
+    assert len(flash_attn.LAUNCHES) > known, "another Tuning, and the kernel of the last one"
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        flash_attn.LAUNCHES.clear()
+        out, lse = attend(q, k, v, return_lse=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return compare(out, q, k, v, lse=lse)
+
+
+def new_lengths(config):
+    """Other lengths, batches, heads and scales compile nothing; nothing that is kept holds a tensor
+    of a caller; memory stays where it is; and on a GPU a new length costs the host no more."""
+    attend = functools.partial(flash_attention, enable_gqa=True, config=NAMED[config])
+    storages = []
+    for M, N in ((1, 129), (130, 200), (130, 256)):  # masked or not
+        for is_causal in (False, LOWER_RIGHT):
+            qkv = [x.requires_grad_(N == 200) for x in make((1, 2, M, D), keys=N)]
+            out = attend(*qkv, is_causal=is_causal)
+            if is_causal and N == 200:
+                out.square().sum().backward()
+            storages += [StorageWeakRef(x.untyped_storage()) for x in (*qkv, out)]
+            attend(*(x.detach() for x in qkv), is_causal=is_causal)
+    del qkv, out
+    known, used = set(flash_attn.LAUNCHES), []
+    with refuse_to_compile():
+        for i in range(100 if GPU else 10):
+            shape = 1 + i % 3, 2 * (1 + i % 2), 130 + 3 * i if i % 2 else 1, D
+            qkv = make(shape, keys=200 + 7 * i, heads=2)
+            options = dict(is_causal=LOWER_RIGHT if i % 4 == 1 else False, scale=0.1 + i / 1000)
+            out = attend(*qkv, **options)
+            if i % 20 == 1:
+                compare(out, *qkv, **options)
+                attend(*(x.requires_grad_() for x in qkv), **options).square().sum().backward()
+                qkv += [x.grad for x in qkv]
+            storages += [StorageWeakRef(x.untyped_storage()) for x in (*qkv, out)]
+            del qkv, out
+            gc.collect()
+            assert all(x.expired() for x in storages), "a tensor of the caller is kept"
+            used.append(torch.cuda.memory_allocated() if GPU else 0)
+    assert set(flash_attn.LAUNCHES) == known, "something was compiled"
+    assert used[-1] <= used[2], used  # the reference has its workspace by then
+    if not GPU:
+        return f"{len(used)} calls"
+    q, k, v = make((2, 4, 1200, D))
+    times = {"new": [], "repeated": []}
+    for i in range(300):
+        for kind, n in (("new", 300 + 3 * i), ("repeated", 1200)):
+            begin = time.perf_counter()
+            attend(q[:, :, :n], k[:, :, :n], v[:, :, :n])
+            times[kind].append(time.perf_counter() - begin)
+        torch.cuda.synchronize()
+    new, repeated = (1e6 * sorted(x)[len(x) // 2] for x in times.values())
+    assert new <= 1.25 * repeated, f"host time: {new:.0f} us, a repeated call {repeated:.0f} us"
+    return f"{len(used)} calls; host time {new:.0f} us, of a repeated call {repeated:.0f} us"
+
+
+def special_values(config):
+    """NaN, inf, scales of any sign or 0, and empty tensors give what SDPA gives."""
+    attend = functools.partial(flash_attention, config=NAMED[config])
+    for tensor, row, value in ((0, 5, math.nan), (0, 128, INF), (1, 7, INF), (2, 128, math.nan)):
+        qkv = make((2, 2, 129, D))
+        qkv[tensor][1, 1, row, 3] = value
+        compare(attend(*qkv), *qkv)
+    q, k, v = make((2, 2, 129, D))
+    if config in REPORT:
+        return compare(attend(q * 40, k, v, scale=-0.3), q * 40, k, v, -0.3)
+    x, *kv = (x.float() for x in (q, k, v))
+    negative = torch.complex(x, x).conj().imag  # -x, of which only a bit says so
+    found, expected = flash_attention(negative, *kv), flash_attention(-x, *kv)
+    assert torch.equal(found, expected), "a negative bit was not seen"
+    for dtype in (torch.bfloat16, torch.float16):
+        q, k, v = (x.to(dtype) for x in (q, k, v))
+        mean = v.mean(2, keepdim=True, dtype=torch.float64).expand(-1, -1, 129, -1)
+        for scale in (0, -0.0, 1e-50):
+            out = attend(q, k, v, scale=scale)
+            torch.testing.assert_close(out.double(), mean, atol=1e-3, rtol=1e-2)
+        for q_, scale in ((q, 0.3), (q * 40, -0.3)):
+            line = compare(attend(q_, k, v, scale=scale), q_, k, v, scale)
+    for B, H, S, keys in ((0, 2, 4, 5), (2, 0, 4, 5), (2, 2, 0, 5), (2, 2, 4, 0)):
+        q, k, v = (torch.randn(B, H, n, D, device=DEVICE).bfloat16() for n in (S, keys, keys))
+        with sdpa_kernel(SDPBackend.MATH):  # cuDNN returns None for some of these
+            torch.testing.assert_close(attend(q, k, v), sdpa(q, k, v))
+    return line
+
+
+def bad_input():
+    """Each of these is refused, by its name, before anything is compiled."""
+    q, k, v = qkv = make((2, 2, 16, 64))
+    of_dim = lambda dim: [x.repeat(1, 1, 1, 3)[..., :dim] for x in qkv]
+    report, of = dict(config=configs.TILE128), lambda config: dict(config=config)
+    three_stages = helion.Config(**{**configs.HOPPER.config.config, "range_num_stages": [1, 3]})
+    with_config = lambda config: of(dataclasses.replace(configs.HOPPER, config=config))
+    with refuse_to_compile():
+        for error, message, qkv, options in (
+            (TypeError, "[kv]", (q, k.half(), v), {}), (TypeError, "v", (q, k, [1.0]), {}),
+            (TypeError, "[qv]", (q.double(), k.double(), v.double()), {}),
+            (TypeError, "is_causal", qkv, dict(is_causal="yes")),
+            (TypeError, "config", qkv, of("tile128")),
+            (ValueError, "q", (q[0], k, v), {}), (ValueError, "q", of_dim(44), {}),
+            (ValueError, "[kv]", (q, k[:1], v), {}), (ValueError, "v", (q, k, v[:, :1]), {}),
+            (ValueError, "[kv]", (q, k[..., :32], v), {}),
+            (ValueError, "v", (q, k, v[:, :, :8]), {}),
+            (ValueError, "[kv]", (q, k.to("meta"), v), {}),
+            (ValueError, "k", (q, k[:, :1], v[:, :1]), {}),
+            (ValueError, "scale", qkv, dict(scale=math.nan)),
+            (ValueError, "config", [x.float() for x in qkv], of(configs.HOPPER)),
+            (ValueError, "config", of_dim(72), of(configs.HOPPER_64)),
+            (ValueError, "config", of_dim(136), of(configs.HOPPER)),
+            (ValueError, "config", qkv, with_config(helion.Config())),
+            (ValueError, "config", qkv, with_config(three_stages)),
+            (ValueError, "config", (q.clone().requires_grad_(), k, v), report),
+            (ValueError, "config", qkv, dict(report, return_lse=True)),
+            (ValueError, "config", qkv, dict(report, is_causal=True)),
+            (ValueError, "config", (q[:, :, :1], k, v), report),
+            (ValueError, "config", (q, k[:, :, :1], v[:, :, :1]), report),
+            (ValueError, "q must be on a CUDA device", [x.cpu() for x in qkv], {}),
+        ):
+            on = dict(TRITON_INTERPRET="0") if "CUDA" in message else {}
+            with mock.patch.dict(os.environ, on), raises(error, f"^([qkv, ]+and )*{message}"):
+                flash_attention(*qkv, **options)
+        with pretend(80):
+            fake = [torch.empty(1, 2, 256, 64, device="cuda", dtype=q.dtype) for _ in "qkv"]
+            for name in ("hopper", "blackwell"):
+                with raises(ValueError, "^config takes GPUs of compute capability"):
+                    flash_attention(*fake, config=NAMED[name])
+    return "refused"
+
+
+def large_tensor(config):
+    """More than 2^31 elements from first to last. A CPU backs only pages that are touched."""
+    apart = 2**30 + 8 * D
+    storage = torch.UntypedStorage(2 * (2 * apart + 2 * 300 * D), device=DEVICE)  # never filled
+    for large in ((0, 1, 2), (0,), (1, 2)):
+        qkv = make((3, 2, 300, D))
+        x = qkv[0].new_empty(0).set_(storage, 0, (3, 2, 300, D), (apart, 300 * D, D, 1))
+        x.copy_(qkv[large[0]])
+        qkv = [x if i in large else y for i, y in enumerate(qkv)]
+        line = compare(flash_attention(*qkv, config=NAMED[config]), *qkv)
+    with gradient_of(config):
+        compare_gradients(qkv, dict(config=NAMED[config]))
+    kept = StorageWeakRef(storage)
+    del storage, x, qkv
+    gc.collect()
+    assert kept.expired(), "a tensor of the caller is kept"
+    return line
+
+
+def asked_for(config, dim):
+    """No gradient is computed that nobody asked for; the others do not depend on that. out's
+    gradient is one number, expanded; q, k and v stay as they are; lse is exact, unasked for."""
+    q, k, v = make((1, 2, 140, dim), "float16")
+    copies = [x.clone() for x in (q, k, v)]
+
+    def found(*which):
+        flash_attn.LAUNCHES.clear()
+        leaves = [x.detach().requires_grad_(i in which) for i, x in enumerate((q, k, v))]
+        flash_attention(*leaves).sum().backward()
+        assert [x.grad is not None for x in leaves] == [i in which for i in range(3)]
+        return kernels(), [x.grad for x in leaves]
+
+    with gradient_of(config):
+        of_all, expected = found(0, 1, 2)
+        again = "hopper_dq_kernel" in of_all  # it does not read ds, which dkdv_kernel keeps
+        known, leaves = len(flash_attn.LAUNCHES), [x.clone().requires_grad_() for x in (q, k, v)]
+        with mock.patch.multiple(flash_attn, DS_BYTES=1, DS_KEYS=1):
+            flash_attention(*leaves).sum().backward()
+        assert again or len(flash_attn.LAUNCHES) > known, "dk and dv in float32, and one kernel"
+        for i, x in enumerate(expected):
+            compiled, grads = found(i)
+            of_kv = {"dkdv_kernel"} if again else set()
+            unasked = {"dq_kernel", "hopper_dq_kernel"} if i else of_kv
+            assert compiled == of_all - unasked, (i, compiled, of_all)
+            torch.testing.assert_close(grads[i], x, atol=2e-3, rtol=2e-3)
+    assert all(map(torch.equal, (q, k, v), copies)), "an input was written"
+    q, k, v = (x.requires_grad_() for x in make((1, 2, 200, dim)))
+    with torch.no_grad():
+        assert not flash_attention(q, k, v).requires_grad
+    named = NAMED["hopper_256" if dim > 128 else "hopper"] if config == "hopper" else None
+    out = flash_attention(q, k, v, config=named)
+    (lse,) = (x for x in out.grad_fn.saved_tensors if x.shape == q.shape[:3])
+    compare(out, q, k, v, lse=lse)
+    return ", ".join(sorted(of_all))
+
+
+BACKEND = "inductor" if GPU else "aot_eager"
+
+
+def in_torch(name):
+    """torch's own checks, torch.compile, torch.export, autocast, and where a clear error is due."""
+    attend = functools.partial(flash_attention, is_causal=True, enable_gqa=True, return_lse=True)
+    q, k, v = make((2, 4, 140, D), "float16", heads=2)
+    loss = lambda out, lse: out.square().sum() + lse.sum()
+    if name == "opcheck":
+        operators, check = torch.ops.flash_attn, torch.library.opcheck
+        for qkv in ((q, k, v), map(bshd, (q, k, v))):
+            check(operators.forward.default, (*qkv, 1, None, True))
+        for budget in (flash_attn.DS_BYTES, 1):
+            with mock.patch.multiple(flash_attn, DS_BYTES=budget, DS_KEYS=1):
+                arguments = q, k, v, *attend(q, k, v), q, None, 1, None
+                check(operators.backward.default, arguments, test_utils="test_faketensor")
+    elif name == "compile":  # one graph for all lengths, and its gradient
+        counter = torch._dynamo.testing.CompileCounterWithBackend(BACKEND)
+        options = dict(fullgraph=True, dynamic=True, backend=counter)
+        run = torch.compile(lambda *qkv: attend(*qkv), **options)
+        for n in (140, 150, 300):
+            qkv = [x.requires_grad_() for x in make((2, 4, n, D), "float16", heads=2)]
+            out, lse = run(*qkv)
+            compare(out, *qkv, is_causal=True, lse=lse)
+            expected = torch.autograd.grad(loss(*attend(*qkv)), qkv)
+            found = torch.autograd.grad(loss(out, lse), qkv)
+            torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
+        assert counter.frame_count == 1, f"{counter.frame_count} graphs"
+    elif name == "export":
+        module = torch.nn.Module()
+        module.forward = attend
+        length = torch.export.Dim("length", min=2, max=4096)
+        program = torch.export.export(module, (q, k, v), dynamic_shapes=[{2: length}] * 3)
+        q, k, v = make((2, 4, 200, D), "float16", heads=2)
+        compare(program.module()(q, k, v)[0], q, k, v, is_causal=True)
+    elif name == "autocast":
+        q, k, v = (x.float() for x in (q, k, v))
+        expected = attend(q.bfloat16(), k.bfloat16(), v.bfloat16())[0]
+        with torch.autocast(DEVICE, torch.bfloat16):
+            assert torch.equal(attend(q, k, v)[0], expected)
+            for wrong in (q.double(), [1.0]):
+                with raises(TypeError, "^q"):
+                    attend(wrong, k, v)
+    return "as documented"
+
+
+def training(how):
+    """A decoder layer with GQA learns tokens; every second step computes it again (checkpointing).
+    At each step the gradient of each weight is SDPA's to 0.1%."""
+    torch.manual_seed(0)
+    tokens = torch.randint(50, (1, 41)).to(DEVICE)
+    embed, weight, project = weights = [
+        (torch.randn(n, 64) * n**-0.5).to(DEVICE).requires_grad_() for n in (50, 64, 32)]
+    ours = functools.partial(flash_attention, is_causal=True, enable_gqa=True)
+
+    def layer(attend):
+        x = embed[tokens[:, :-1]]
+        heads = (F.rms_norm(x, (64,)) @ weight).unflatten(-1, (4, 16)).transpose(1, 2)
+        x = x + attend(*heads.split((2, 1, 1), 1)).transpose(1, 2).flatten(2) @ project
+        return F.cross_entropy((x @ embed.T)[0], tokens[0, 1:])
+
+    run = torch.compile(layer, fullgraph=True, backend=BACKEND) if how == "compile" else layer
+    again = functools.partial(torch.utils.checkpoint.checkpoint, run, use_reentrant=False)
+    optimizer, losses = torch.optim.Adam(weights, lr=1e-2), []
+    for step in range(30):
+        losses.append((again if step % 2 else run)(ours))
+        both = losses[-1], layer(functools.partial(sdpa, is_causal=True))
+        for x, ours_, theirs in zip(weights, *(torch.autograd.grad(x, weights) for x in both)):
+            error = ((ours_ - theirs).abs().max() / theirs.abs().max()).item()
+            assert error < 1e-3, f"step {step}, weight {tuple(x.shape)}: relative error {error:.1e}"
+            x.grad = ours_
+        optimizer.step()
+    assert losses[-1] < losses[0] / 2, losses
+    return f"loss {losses[0]:.3f} to {losses[-1]:.3f}"
+
+
+def readme_blocks():
+    return re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+
+
+def readme(text):
+    """What the README's Python block with this text in it defines: its recipes are what is checked.
+    Without a GPU it runs with small tensors."""
+    (block,), defined, randn = (x for x in readme_blocks() if text in x), {}, torch.randn
+    if "transformers" in block and importlib.util.find_spec("transformers") is None:
+        raise Skipped("transformers is not installed")
+    small = lambda *shape, device=None, **options: randn(
+        *(min(n, 40) for n in shape), device=DEVICE, **options)
+    with contextlib.nullcontext() if GPU else mock.patch("torch.randn", small):
+        exec(block, defined)
+    return defined
+
+
+def split_keys(config):
+    """The README's merge of results over parts of the keys, by their lse, is attention to all keys.
+    A row that no part sees is 0, has lse -inf and a finite gradient."""
+    attend = functools.partial(flash_attention, return_lse=True)
+    merge = readme("def merge")["merge"]
+    q, k, v = make((1, 2, 130, D), keys=400)
+    parts = [(k[:, :, a:b], v[:, :, a:b]) for a, b in ((0, 150), (150, 151), (151, 400))]
+    found, lse = merge(*zip(*(attend(q, *part, config=NAMED[config]) for part in parts)))
+    line = compare(found.to(q.dtype), q, k, v, lse=lse)
+    leaves = [x.requires_grad_() for x in (column(0, 0), column(0), column(1))]
+    out, lse = attend(*leaves, is_causal=LOWER_RIGHT)
+    for n in (1, 2):
+        found, found_lse = merge([out] * n, [lse] * n)
+        holds(found, 0, 1)
+        torch.testing.assert_close(found_lse, lse + math.log(n))
+        loss = found.sum() + found_lse[..., 1:].sum()
+        grads = torch.autograd.grad(loss, leaves, retain_graph=True)
+        assert all(x.isfinite().all() for x in grads), grads
+        holds(grads[2], 1)
+    assert merge([out, out], [lse, lse * math.nan])[0].isnan().all(), "merge hides a NaN"
+    return line
+
+
+def copied_files(where):
+    """flash_attn.py and configs.py work where they are copied to, and import nothing else of ours:
+    in a folder, where `import configs` gives what flash_attention takes; in a package; and both
+    beside a `configs` of the host project."""
+    package, theirs = "app.ops." if where == "package" else "", where != "folder"
+    interpreter = inspect.getsource(patch_interpreter) + "patch_interpreter()"
+    script = f"""
+import os, sys
+from unittest import mock
+import torch
+{"import configs; assert configs.THEIRS" if theirs else ""}
+import {package}flash_attn, helion
+{"" if GPU else interpreter}
+{f"import {package}use; from {package}configs import best" if package else ""}
+{"" if theirs else "from configs import best"}
+from {package}flash_attn import flash_attention
+q, k, v = torch.randn(3, 1, 2, 100, 64, device={DEVICE!r}, dtype=torch.float16)
+sdpa = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+for config in (None, best(None, 64, q.dtype, 2, 100, 100) if "best" in globals() else None):
+    torch.testing.assert_close(flash_attention(q, k, v, config=config), sdpa, atol=2e-3, rtol=2e-3)
+files = [str(getattr(module, "__file__", "")) for module in sys.modules.values()]
+assert not [x for x in files if os.path.dirname(x) == {str(HERE)!r}], files
+import configs
+assert hasattr(configs, "THEIRS") == {theirs}
+"""
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root, *package.split("."))
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("flash_attn.py", "configs.py"):
+            shutil.copy(HERE / name, folder)
+        files = {"caller.py": script}
+        if package:
+            files["configs.py"] = "THEIRS = True"
+            files["app/ops/use.py"] = ("from .flash_attn import flash_attention\n"
+                                       "from .configs import HOPPER")  # fmt: skip
+        elif theirs:  # a package is found before the file beside it
+            files["configs/__init__.py"] = "THEIRS = True"
+        for name, text in files.items():
+            Path(root, name).parent.mkdir(exist_ok=True)
+            Path(root, name).write_text(text)
+        command = [sys.executable, "caller.py"]
+        child = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr.strip()[-500:]
+    return "runs there"
+
+
+def column(*numbers, dim=8, dtype=torch.float32):
+    """[1, 1, S, dim]: each row repeats one number."""
+    x = torch.tensor(numbers, dtype=dtype, device=DEVICE)
+    return x[None, None, :, None].repeat(1, 1, 1, dim)
+
+
+def holds(x, *numbers):
+    """x is column(*numbers), also as [B, S, H, D]."""
+    found, expected = x.detach().float().flatten(0, 2), column(*numbers, dim=x.size(3))[0, 0]
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
+def sdpa_backend(how):
+    """SDPA's flash backend is ours while it is registered, forward and backward, with the backend's
+    is_causal, which is lower right. A CPU has only the backend's operator."""
+    from torch.nn.attention import bias
+
+    attend = lambda *qkv, mask: F.scaled_dot_product_attention(*qkv, attn_mask=mask, scale=0.1)
+    if not GPU:
+        operator = torch.ops.aten._scaled_dot_product_flash_attention
+        attend = lambda *qkv, mask: operator(*qkv, 0.0, True, scale=0.1)[0]
+    run = torch.compile(attend, backend=BACKEND) if how == "compile" else attend
+    q, k, v = (x.requires_grad_() for x in make((1, 2, 70, 64), "float16", 100))
+    registered = flash_attn._Registered(DEVICE.upper())
+    try:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            out = run(q, k, v, mask=bias.causal_lower_right(70, 100))
+        found = torch.autograd.grad(out.square().sum(), (q, k, v))
+    finally:
+        registered.remove()
+    expected = flash_attention(q, k, v, is_causal=LOWER_RIGHT, scale=0.1)
+    expected = torch.autograd.grad(expected.square().sum(), (q, k, v))
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
+    known = getattr(torch.nn.attention, "list_flash_attention_impls", lambda: ["helion"])
+    assert "helion" in known()  # torch 2.13 lists them
+    return compare(out, q, k, v, is_causal=LOWER_RIGHT, scale=0.1)
+
+
+def tracing(name):
+    """While a TorchDispatchMode is active a call is one operator, also after a call of the same
+    shapes, so that graphs have it, policies can save it and its operations are counted."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils import checkpoint, flop_counter
+
+    ours, flops = torch.ops.flash_attn, 4 * 2 * 64 * 64 * 32
+    attend = lambda q, k, v: flash_attention(q, k, v, enable_gqa=True)
+    q, k, v = make((1, 2, 64, 32), "float32")
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = attend(*leaves)
+    expected = torch.autograd.grad(out.sum(), leaves, retain_graph=True)
+    with_leaves = lambda *qkv: [x.detach().requires_grad_() for x in qkv]
+    gradients = lambda *qkv: torch.autograd.grad(attend(*(qkv := with_leaves(*qkv))).sum(), qkv)
+    if name == "make_fx":
+        for function, right, operators in (
+            (attend, out, {ours.forward.default}),
+            (gradients, expected, {ours.forward.default, ours.backward.default}),
+        ):
+            graph = make_fx(function)(q, k, v)
+            targets = [node.target for node in graph.graph.nodes]
+            assert operators <= set(targets) and "empty" not in str(targets), graph.code
+            torch.testing.assert_close(graph(q, k, v), right)
+    elif name == "flops":
+        with flop_counter.FlopCounterMode(display=False) as mode:
+            attend(q, k, v)
+            attend(q, k[:, :1], v[:, :1])
+            torch.testing.assert_close(torch.autograd.grad(out.sum(), leaves), expected)
+            with raises(ValueError, "config must be None under"):
+                flash_attention(q, k, v, config=NAMED["general"])
+        assert mode.get_total_flops() == 4.5 * flops, mode.get_total_flops() / flops
+    elif name == "selective":  # a policy that saves the output: it is not computed again
+        for saved, products in ((True, 3.5), (False, 4.5)):
+            policy = lambda ctx, op, *args, **options: saved and op is ours.forward.default
+            contexts = functools.partial(checkpoint.create_selective_checkpoint_contexts, policy)
+            with flop_counter.FlopCounterMode(display=False) as mode:
+                options = dict(use_reentrant=False, context_fn=contexts)
+                found = checkpoint.checkpoint(attend, *leaves, **options)
+                torch.testing.assert_close(torch.autograd.grad(found.sum(), leaves), expected)
+            assert mode.get_total_flops() == products * flops, mode.get_total_flops() / flops
+    return "one operator"
+
+
+def clear_errors():
+    """Where flash_attention cannot run, one sentence says what to do instead."""
+    q, k, v = make((2, 2, 8, 16), "float32")
+    attend = lambda q: flash_attention(q, k, v)
+    parts = [x[:, : 8 - i].transpose(0, 1) for i, x in enumerate(q)]  # [S, H, D]
+    jagged = torch.nested.nested_tensor(parts, layout=torch.jagged).transpose(1, 2)
+    strided = torch.nested.nested_tensor([x.transpose(0, 1) for x in parts])
+    total = lambda q: attend(q).square().sum()
+    twice = lambda: torch.autograd.grad(total(q.requires_grad_()), q, create_graph=True)
+    forward_ad = torch.autograd.forward_ad
+    with forward_ad.dual_level():
+        for error, message, call in (
+            (RuntimeError, "func.*autograd.grad", lambda: torch.func.grad(total)(q)),
+            (RuntimeError, "func.*autograd.grad", lambda: torch.func.vjp(attend, q)),
+            (RuntimeError, "vmap.*fold", lambda: torch.vmap(attend)(torch.stack([q, q]))),
+            (RuntimeError, "jit.trace.*export", lambda: torch.jit.trace(attend, (q,))),
+            (RuntimeError, "forward-mode", lambda: attend(forward_ad.make_dual(q, q))),
+            (RuntimeError, "once_differentiable", lambda: twice()[0].sum().backward()),
+            (ValueError, "q must not be .*nested.*: pad", lambda: flash_attention(*[jagged] * 3)),
+            (ValueError, "q must not be .*nested.*: pad", lambda: flash_attention(*[strided] * 3)),
+            (ValueError, "k must not be .*nested", lambda: flash_attention(q, jagged, jagged)),
+        ):  # fmt: skip
+            with raises(error, message):
+                call()
+    return "as documented"
+
+
+def recipe_values():
+    """The README's recipe for transformers: each keyword that changes the result does so, or is
+    refused by name; and each keyword that a model of transformers gives is one that it knows."""
+    attend = readme("AttentionInterface")["helion_attention"]
+    decoder, encoder, unknown = (torch.nn.Identity() for _ in range(3))
+    decoder.is_causal, encoder.is_causal = True, False
+    mask = torch.tensor([[[[True, False]]]], device=DEVICE)
+    additive = torch.zeros(1, 1, 1, 2, device=DEVICE).masked_fill(~mask, -INF)
+    bias, sink = additive.masked_fill(~mask, math.log(3)), torch.zeros(1, device=DEVICE)
+
+    def right(numbers, values, M=1, mask=None, module=decoder, dim=8, dim_v=8, **options):
+        q, k = column(*[0] * M, dim=dim), column(*[0] * len(values), dim=dim)
+        out, weights = attend(module, q, k, column(*values, dim=dim_v), mask, **options)
+        holds(out, *numbers)
+        assert weights is None and out.shape == (1, M, 1, dim_v) and out.is_contiguous()
+
+    for options in ({}, dict(scaling=0.1, softcap=None, output_attentions=False, dropout=0.0,
+                             sliding_window=None, position_ids=sink)):  # fmt: skip
+        right((1, 2), (1, 3, 0, 0), 2, **options)  # a static cache that is not full
+        right((1,), (1, 3, 0, 0), **options)  # one query sees all keys
+        right((1, 1), (1, 3, 0, 0), 2, module=encoder, **options)
+        right((1, 1), (1, 3, 0, 0), 2, is_causal=False, **options)
+    right((0.75,), (0, 1), position_bias=bias)
+    right((0,), (0, 1), mask=mask, position_bias=bias)
+    right((0, 0.75), (0, 1), 2, position_bias=bias.expand(1, 1, 2, 2))
+    right((0, 0.5, 1.5, 2.5), (0, 1, 2, 3), 4, sliding_window=2)
+    right((0.5, 1, 2, 2.5), (0, 1, 2, 3), 4, module=encoder, sliding_window=2)
+    right((2.5,), (0, 1, 2, 3), sliding_window=2)
+    for dim, dim_v in ((8, 16), (16, 8), (20, 20), (264, 264)):
+        right((1, 2), (1, 3), 2, dim=dim, dim_v=dim_v)
+    for sinks in (dict(s_aux=sink), dict(sinks=sink[None, None, None])):
+        right((0.5, 2 / 3, 0.75), (1, 1, 1), 3, **sinks)
+        right((0.5, 2 / 3, 0.75), (1, 1, 1), 3, dim_v=16, **sinks)
+        right((0.5, 2 / 3, 2 / 3), (1, 1, 1), 3, sliding_window=2, **sinks)
+        for some in (mask, additive):
+            right((0.5,), (1, 5), mask=some, **sinks)
+        right((0.6,), (0, 1), position_bias=bias, **sinks)
+    one = column(0)
+    for name in ("softcap", "output_attentions", "cu_seq_lens_q", "indices", "block_indices"):
+        for some in (None, mask):
+            with raises(ValueError, f"no {name}$"):
+                attend(decoder, one, column(0, 0), column(0, 0), some, **{name: mask})
+    with raises(AttributeError, "'Identity' .*'is_causal'"):
+        attend(unknown, *[column(0, 0)] * 3, None)
+    sink.fill_(0.3).requires_grad_()
+    for some in (None, mask[..., :1]):  # the gradient of a sink
+        loss = attend(decoder, one, one, one + 1, some, s_aux=sink)[0].sum()
+        both = [torch.autograd.grad(x, sink) for x in (loss, 8 * (-sink).sigmoid().sum())]
+        torch.testing.assert_close(*both, atol=1e-4, rtol=1e-4)
+
+    import transformers
+
+    (text,) = (x for x in readme_blocks() if "AttentionInterface" in x)
+    known = {*re.findall(r"\w+", text), "cu_seq_lens_k", "max_length_k"}  # with cu_seq_lens_q
+    files = Path(transformers.__file__).parent.glob("models/*/modeling_*.py")
+    trees = [ast.parse(file.read_text()) for file in files]
+    calls = [x for tree in trees for x in ast.walk(tree) if isinstance(x, ast.Call)
+             and getattr(x.func, "id", "") == "attention_interface"]  # fmt: skip
+    given = {keyword.arg for call in calls for keyword in call.keywords} - {None}
+    assert len(calls) > 100 and given <= known, given - known
+    return f"{len(calls)} calls in transformers have {len(given)} keywords"
+
+
+def recipe_compiles():
+    """The recipe is one graph for all lengths but 1, with sinks; a mask makes it another."""
+    attend, module = readme("AttentionInterface")["helion_attention"], torch.nn.Identity()
+    module.is_causal, module.num_key_value_groups = True, 2
+    sinks = torch.zeros(2, device=DEVICE)
+    options = dict(scaling=0.2, dropout=0.0, sliding_window=None, s_aux=sinks)
+    call = lambda *qkv_and_mask: attend(module, *qkv_and_mask, **options)[0]
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=BACKEND)
+    for M, N in ((12, 12), (14, 14), (1, 14), (6, 20)):
+        qkv = make((1, 2, M, 16), "float32", N, 1)
+        for mask in (None, sees(M, N, True)[None, None]):
+            found, expected = compiled(*qkv, mask), call(*qkv, mask)
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    return "one graph"
+
+
+TOKENS = dict(vocab_size=50, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+BERT = dict(TOKENS, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+            num_attention_heads=2)  # fmt: skip
+LLAMA = dict(BERT, num_key_value_heads=1, head_dim=16)
+WINDOW, T5 = dict(LLAMA, sliding_window=8), dict(TOKENS, d_model=32, decoder_start_token_id=1)
+MODELS = {  # class, its own attention, the least number of calls of flash_attention, options
+    "llama": ("LlamaForCausalLM", "sdpa", 18, LLAMA),
+    "mistral": ("MistralForCausalLM", "sdpa", 2, WINDOW),
+    "gemma2": ("Gemma2ForCausalLM", "eager", 1, dict(WINDOW, attn_logit_softcapping=None)),
+    "gpt_oss": ("GptOssForCausalLM", "eager", 5, dict(
+        WINDOW, num_local_experts=2, num_experts_per_tok=1,
+        layer_types=["sliding_attention", "full_attention"])),
+    "bert": ("BertModel", "sdpa", 2, BERT),
+    "t5": ("T5ForConditionalGeneration", "sdpa", 0, dict(
+        T5, d_kv=16, d_ff=32, num_layers=2, num_heads=2)),
+    "whisper": ("WhisperForConditionalGeneration", "sdpa", 3, dict(
+        T5, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=8,
+        max_source_positions=20, max_target_positions=30)),
+}  # fmt: skip
+
+
+def model(name):
+    """A small random model of transformers has with the README's recipe the logits that it has with
+    its own attention: padded, generating; Llama with both caches, packed, and its gradients."""
+    recipe = readme("AttentionInterface")
+    import transformers
+
+    kind, theirs, calls, options = MODELS[name]
+    numbers = torch.Generator().manual_seed(0)
+    tokens = torch.randint(3, 50, (2, 24), generator=numbers).to(DEVICE)
+    sound = torch.randn(2, 8, 40, generator=numbers).to(DEVICE)
+    mask = torch.ones_like(tokens)
+    mask[0, :5] = 0  # padded at the left
+    config = getattr(transformers, re.sub("(For|Model).*", "Config", kind))(**options)
+    tested = getattr(transformers, kind)(config).to(DEVICE).eval()
+    if name == "gpt_oss":
+        tested.set_experts_implementation("eager")
+    for x in tested.parameters():  # not small: attention is not uniform then
+        size = 1 if x.dim() == 1 else 2 * x.size(-1) ** -0.5
+        x.data = (torch.randn(x.shape, generator=numbers) * size).to(DEVICE)
+
+    def logits(ids=tokens, mask=None, **more):
+        more |= {"input_features": sound} if name == "whisper" else {"input_ids": ids}
+        more |= {"decoder_input_ids": ids[:, :9]} if name in ("whisper", "t5") else {}
+        out = tested(attention_mask=mask, **more)
+        found = (out.logits if "logits" in out else out.last_hidden_state).detach()
+        return found if mask is None or found.size(1) < 24 else found[mask.bool()]
+
+    def cached(*lengths, cache=None):
+        ends = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+        for a, b in zip(ends, ends[1:]):
+            seen = torch.ones_like(tokens[:, :b]) if a else None
+            options = dict(attention_mask=seen, past_key_values=cache, use_cache=True)
+            step = tested(tokens[:, a:b], **options)
+            cache = step.past_key_values
+            yield step.logits.detach()
+
+    def generated(mask=torch.ones_like(tokens), **more):
+        more |= dict(max_new_tokens=4, min_new_tokens=4, do_sample=False, output_logits=True,
+                     return_dict_in_generate=True, disable_compile=True)  # fmt: skip
+        return tested.generate(tokens[:, :9], attention_mask=mask[:, :9], **more).logits
+
+    def results(implementation):
+        tested.set_attn_implementation(implementation)
+        found = [logits(), logits(tokens[:, :6])]
+        found += [logits(mask=mask)] if name != "whisper" else []
+        found += generated() if name not in ("whisper", "bert") else []
+        if name == "llama":
+            static = transformers.StaticCache(config=config, max_cache_len=20)
+            found += [*cached(12, 3, 1), *cached(12, 1, 1, cache=static)]
+            found += [*generated(cache_implementation="static"), *generated(mask)]
+            two = torch.arange(24, device=DEVICE)[None] % 12  # sequences
+            packed = logits(tokens[:1], position_ids=two, use_cache=False)
+            alone = [logits(part, use_cache=False) for part in tokens[:1].split(12, 1)]
+            torch.testing.assert_close(packed, torch.cat(alone, 1), atol=2e-4, rtol=2e-4)
+            loss = tested.train()(tokens, labels=tokens).loss
+            found += [packed, *torch.autograd.grad(loss, list(tested.eval().parameters()))]
+        return found
+
+    count = recipe["flash_attention"] = mock.Mock(wraps=flash_attention)
+    torch.testing.assert_close(results("helion"), results(theirs), atol=2e-4, rtol=2e-4)
+    assert count.call_count >= calls, f"flash_attention was called {count.call_count} times"
+    return f"as with {theirs}, {count.call_count} calls of flash_attention"
+
+
+# ---- 6. Races, and what else only a GPU can show -------------------------------------------------
+
+
+def same_bits(config, runs=200):
+    """Many runs, in some of which a race between warps would show; of the gradient, too."""
+    def with_gradient(*qkv, **options):
+        loss = flash_attention(*(x.requires_grad_() for x in qkv), **options).square().sum()
+        return torch.autograd.grad(loss, qkv)
+
+    causal, dim = dict(is_causal=True), {"hopper_64": 64, "hopper_256": 256}.get(config, 128)
+    calls = [(flash_attention, {}), (flash_attention, causal), (with_gradient, {}),
+             (with_gradient, causal), (flash_attention, dict(causal, return_lse=True))]
+    for attend, options in calls[: 1 if config in REPORT else None]:
+        for B, H, S in ((4, 32, 1024), (2, 16, 1001), (2, 8, 8192)):
+            qkv = make((B, H, S, 64 if S == 1001 and config in PLANS else dim))
+            run = functools.partial(attend, config=NAMED[config], **options)
+            first = run(*qkv)
+            for _ in range(runs):
+                torch.testing.assert_close(run(*qkv), first, atol=0, rtol=0)
+    return f"the same bits as the first, {runs} times each"
+
+
+def threads():
+    """Eight threads make their first calls at once, on a stream each."""
+    barrier = threading.Barrier(8)
+
+    def work(i):
+        shape, is_causal = (1 + i % 3, 2, 100 + 50 * i, (64, 128)[i % 2]), i % 3 == 0
+        q, k, v = make(shape, HALF[i // 4], seed=i)
+        torch.cuda.synchronize()
+        barrier.wait()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(20):
+                out = flash_attention(q, k, v, is_causal=is_causal)
+        torch.cuda.synchronize()
+        return compare(out, q, k, v, is_causal=is_causal)
+
+    flash_attn.LAUNCHES.clear()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        return list(pool.map(work, range(8)))[-1]
+
+
+def capture():
+    """In a CUDA graph: not as the first call, and right afterwards."""
+    q, k, v = make((2, 2, 200, 32))
+    flash_attn.LAUNCHES.clear()
+    with raises(RuntimeError, "before captur"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        flash_attention(q, k, v)
+    flash_attention(q, k, v)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = flash_attention(q, k, v)
+    for x, new in zip((q, k, v), make((2, 2, 200, 32), seed=1)):
+        x.copy_(new)
+    graph.replay()
+    return compare(out, q, k, v)
+
+
+def report_shape(config, *shape):
+    """A shape of the report; the float64 reference is taken of two heads."""
+    q, k, v = make(shape)
+    out = flash_attention(q, k, v, config=NAMED[config])
+    for x, y in zip(out, F.scaled_dot_product_attention(q, k, v)):  # one b at a time, for memory
+        torch.testing.assert_close(x, y, atol=2e-2, rtol=2e-2)
+    heads = [[x[b, h][None, None] for x in (out, q, k, v)] for b, h in ((0, 0), (-1, -1))]
+    return [compare(*head) for head in heads][-1]
+
+
+# ---- 7. Without a GPU ----------------------------------------------------------------------------
 
 
 def patch_interpreter():
-    """Close the gaps of Triton's interpreter that stand between it and our kernels, and make it faster."""
+    """Close the gaps of Triton's interpreter (3.7) that our kernels meet, and make it faster."""
     import dataclasses
     import helion.runtime
     import numpy as np
@@ -144,69 +1326,68 @@ def patch_interpreter():
     from torch._inductor.runtime.triton_compat import libdevice
     from triton.runtime import interpreter
 
-    builder = interpreter.InterpreterBuilder
-    libdevice.exp2, libdevice.exp = lambda x: tl.exp2(x), lambda x: tl.exp(x)  # it has no libdevice
-    helion._compat._supports_tensor_descriptor = lambda: True  # but TMA it executes, and helion
-    supports = ConfigSpec.supports_config_key  # only has to be told
-    ConfigSpec.supports_config_key = lambda self, key: key == "host_tensor_descriptors" or supports(self, key)
-    helion.runtime.get_num_sm = lambda device, *, reserved_sms=0: 3  # persistent grids ask for it
-    convert = interpreter._convert_float
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    convert, create_dot = interpreter._convert_float, builder.create_dot
+    create_fmul, reduce = builder.create_fmul, interpreter.ReduceOps.apply_impl
+    supports = ConfigSpec.supports_config_key
 
     def convert_float(x, source, target, rounding_mode):
-        """Between float32 and bf16 it cuts where a GPU rounds to nearest even, and gets subnormals wrong."""
+        """Its own truncates from float32 to bf16, and gets subnormals wrong. To nearest even."""
         if (source, target) == (tl.bfloat16, tl.float32):
             return (x.astype(np.uint32) << 16).reshape(x.shape)
-        if (source, target) != (tl.float32, tl.bfloat16) or rounding_mode == interpreter._ir.ROUNDING_MODE.RTZ:
+        truncate = rounding_mode == interpreter._ir.ROUNDING_MODE.RTZ
+        if (source, target) != (tl.float32, tl.bfloat16) or truncate:
             return convert(x, source, target, rounding_mode)
         bits = x.view(np.uint32)
-        nearest = (bits + (0x7FFF + (bits >> 16 & 1))) >> 16  # a carry goes on into the exponent, up to inf
+        nearest = (bits + (0x7FFF + (bits >> 16 & 1))) >> 16  # a carry goes on, up to inf
         return np.where(np.isnan(x), 0x7FC0, nearest).astype(np.uint16).reshape(x.shape)
 
-    to_bf16 = lambda x: interpreter.TensorHandle(convert_float(x, tl.float32, tl.bfloat16, None), tl.bfloat16)
+    def to_bf16(x):
+        return handle(convert_float(x, tl.float32, tl.bfloat16, None), tl.bfloat16)
 
     def widened(x):  # it keeps bf16 as uint16, and would multiply these integers
         if x.dtype.scalar != tl.bfloat16:
             return x
-        data = convert_float(x.data, tl.bfloat16, tl.float32, None).view(np.float32)
-        return interpreter.TensorHandle(data, tl.float32)
+        data = convert_float(x.data, tl.bfloat16, tl.float32, None)
+        return handle(data.view(np.float32), tl.float32)
 
     def assembly(self, asm, constraints, values, *rest):
-        """It has none, and flash_attn.py three pieces: a rounding, a load, and one on barriers that are not here."""
-        (x, *_), kinds = values, ("cvt.rn.bf16x2.f32", "ld.global.f32", "mbarrier.inval")
-        (kind,) = (kind for kind in kinds if kind in asm)
-        if kind == "cvt.rn.bf16x2.f32":
+        """flash_attn.py has three: a rounding, a load, and one on barriers, which are not here."""
+        x = values[0]
+        if "cvt.rn.bf16x2.f32" in asm:
             x = widened(to_bf16(x.data))
-        elif kind == "ld.global.f32":
-            x = self.create_load(interpreter.TensorHandle(x.data.astype(np.uint64), tl.pointer_type(tl.float32)), "", "", False)
+        elif "ld.global.f32" in asm:
+            pointers = handle(x.data.astype(np.uint64), tl.pointer_type(tl.float32))
+            x = self.create_load(pointers, "", "", False)
+        else:
+            assert "mbarrier.inval" in asm, asm
         return mock.Mock(get_result=lambda i: x)
 
-    def multiply(self, a, b):  # only blackwell_kernel does it outside of a product
+    def multiply(self, a, b):  # only the cute form of report_kernel does it outside of a product
         product = create_fmul(self, widened(a), widened(b))
         return to_bf16(product.data) if a.dtype.scalar == tl.bfloat16 else product
 
-    def reduce_fast(self, input):  # it would call helion's max element by element
+    def reduce_fast(self, input):  # it would call Helion's max element by element
         fast = self.combine_fn == helpers._maximum_propagate_nan
         return self.min_max(input[0], np.max) if fast else reduce(self, input)
-
-    def patch_index(tensor, scope):  # triton 3.6 with numpy 2.4: int() of a 1-element array
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
     def call_inner(self, *args, **options):  # it would patch triton.language again at every call
         if tl.core.is_builtin(tl.core.full):
             interpreter._patch_lang(tl.zeros.fn)
         return self.rewrite()(*args, **options)
 
+    libdevice.exp2, libdevice.log2 = lambda x: tl.exp2(x), lambda x: tl.log2(x)  # it has none
+    helion._compat._supports_tensor_descriptor = lambda: True  # it has TMA, if Helion is told so
+    ConfigSpec.supports_config_key = (
+        lambda self, key: key == "host_tensor_descriptors" or supports(self, key))
+    helion.runtime.get_num_sm = lambda device, *, reserved_sms=0: 3  # persistent grids ask for it
     interpreter._convert_float = convert_float
-    create_fmul, create_dot, reduce = builder.create_fmul, builder.create_dot, interpreter.ReduceOps.apply_impl
     builder.create_fmul, builder.create_inline_asm = multiply, assembly
     builder.create_dot = lambda self, a, b, *rest: create_dot(self, widened(a), widened(b), *rest)
     builder.get_bf16 = lambda self, value: to_bf16(np.float32([value]))
     interpreter.ReduceOps.apply_impl = reduce_fast
-    patch_tensor, interpreter._patch_lang_tensor = interpreter._patch_lang_tensor, patch_index
     interpreter.InterpretedFunction.__call__ = call_inner
-    # A GPU does not look for overflows of integers, either.
-    instance = interpreter.interpreter_builder
+    instance = interpreter.interpreter_builder  # a GPU does not look for overflows of integers
     instance.options = dataclasses.replace(instance.options, sanitize_overflow=False)
 
 
@@ -214,7 +1395,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     patch_interpreter()
 
 # SMs of the largest part, and KiB of shared memory per SM (CUDA C++ Programming Guide).
-CHIPS = {80: (108, 164), 86: (84, 100), 89: (128, 100), 90: (132, 228), 100: (148, 228), 120: (188, 100)}
+CHIPS = {80: (108, 164), 86: (84, 100), 89: (128, 100), 90: (132, 228), 100: (148, 228),
+         120: (188, 100)}  # fmt: skip
 LAUNCHED = []  # (kernel, grid, arguments, options) of what was launched for a GPU that is not here
 
 
@@ -224,34 +1406,32 @@ def record(kernel, grid, *args, **options):
 
 @contextlib.contextmanager
 def pretend(sm):
-    """Inside, torch and helion believe that a GPU of compute capability sm / 10 is present, tensors are
-    fake, and a launch is recorded."""
+    """Inside, torch and Helion believe in a GPU of compute capability sm / 10, tensors are fake,
+    and a launch is recorded."""
     from helion._compiler.compile_environment import CompileEnvironment
     from torch._inductor.runtime.hints import DeviceProperties
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
-    sms, kib = CHIPS[sm]
-    capability = divmod(sm, 10)
-    common = dict(multi_processor_count=sms, major=capability[0], warp_size=32, regs_per_multiprocessor=65536,
-                  max_threads_per_multi_processor=2048)  # fmt: skip
+    (sms, kib), capability = CHIPS[sm], divmod(sm, 10)
+    common = dict(multi_processor_count=sms, major=capability[0], warp_size=32,
+                  regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048)  # fmt: skip
     device = mock.Mock(
         minor=capability[1], gcnArchName="", total_memory=80 << 30, L2_cache_size=50 << 20,
         shared_memory_per_block=48 << 10, shared_memory_per_block_optin=(kib - 1) << 10,
-        shared_memory_per_multiprocessor=kib << 10, **common,
-    )  # fmt: skip
+        shared_memory_per_multiprocessor=kib << 10, **common)  # fmt: skip
     device.name = f"sm_{sm}"
     properties = DeviceProperties(type="cuda", index=0, cc=sm, **common)
     to_fake = CompileEnvironment._to_fake_tensor
 
     def to_symbolic(self, x, source):
-        """A fake tensor's sizes and strides as symbols, as helion makes them from a real tensor's."""
+        """A fake tensor's sizes and strides as symbols, which Helion makes from a real tensor's."""
         if self.settings.static_shapes:
             return to_fake(self, x, source)
         n, none = x.dim(), [None] * x.dim()
+        dims = [DimDynamic.DYNAMIC] * n, [DimDynamic.INFER_STRIDE] * n, none, none
         sizes, strides, _ = self.shape_env.create_symbolic_sizes_strides_storage_offset(
-            x, source, symbolic_context=StatelessSymbolicContext(
-                [DimDynamic.DYNAMIC] * n, [DimDynamic.INFER_STRIDE] * n, none, none))  # fmt: skip
+            x, source, symbolic_context=StatelessSymbolicContext(*dims))  # fmt: skip
         with self.fake_mode:
             fake = torch.empty_strided(sizes, strides, dtype=x.dtype, device=x.device)
         self.input_sources[fake] = source
@@ -283,20 +1463,21 @@ def pretend(sm):
 
 
 def resources(cubin, sm, threads, shared):
-    """What the file cubin takes for a CTA of so many threads and bytes of shared memory. Returns a dict:
-    these two, registers per thread, spilled bytes per thread, CTAs that fit on an SM (0: it does not),
-    and the tensor-core instruction in the machine code with its count, or "none".
-    """
+    """What the file cubin takes for a CTA of so many threads and bytes of shared memory: these two,
+    registers per thread, spilled bytes per thread, CTAs that fit on an SM (0: none does), and the
+    tensor-core instruction in the machine code with its count, or "none"."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    run = lambda *command: subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = run(tools / "cuobjdump", "-res-usage", cubin)
-    sass = run(tools / "nvdisasm", "-c", cubin)
-    registers, spilled = (int(x) for x in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    counts = {op: len(re.findall(rf"\b{op}\b", sass)) for op in ("UTCHMMA", "HGMMA", "HMMA")}
+    run = lambda tool, option: subprocess.run(
+        (tools / tool, option, cubin), capture_output=True, text=True, check=True).stdout
+    usage, sass = run("cuobjdump", "-res-usage"), run("nvdisasm", "-c")
+    registers, spilled = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    of_shared = (CHIPS[sm][1] << 10) // (shared + 1024)
+    per_sm = 65536 // (registers * threads), of_shared, 2048 // threads
     names = {"UTCHMMA": "tcgen05", "HGMMA": "wgmma", "HMMA": "mma"}
-    ctas = min(65536 // (registers * threads), (CHIPS[sm][1] << 10) // (shared + 1024), 2048 // threads)
-    instruction = next((f"{names[op]} ({n} {op})" for op, n in counts.items() if n), "none")
-    return dict(threads=threads, registers=registers, spilled=spilled, shared=shared, ctas=ctas, instruction=instruction)
+    counts = {op: len(re.findall(rf"\b{op}\b", sass)) for op in names}
+    found = next((f"{names[op]} ({n} {op})" for op, n in counts.items() if n), "none")
+    return dict(threads=threads, registers=registers, spilled=spilled, shared=shared,
+                ctas=min(per_sm), instruction=found)  # fmt: skip
 
 
 def cute_code(sm, kernel, grid, args, options):
@@ -311,31 +1492,33 @@ def cute_code(sm, kernel, grid, args, options):
         wrapper = launcher._create_cute_wrapper(kernel, entry.schema, block, num_sm=CHIPS[sm][0])
     with tempfile.TemporaryDirectory() as folder:
         options = f"--enable-tvm-ffi --keep-cubin --dump-dir={folder}"
-        host = str(cutlass.cute.compile(wrapper, *entry.launch_args, CUstream(0), options=options).ir_module)
+        code = cutlass.cute.compile(wrapper, *entry.launch_args, CUstream(0), options=options)
         # The launch's dynamic shared memory: the i64 among the fields of cudaLaunchConfig_t.
-        field = re.search(r"\[0, 2\] : .*struct<\(array<3 x i32>, array<3 x i32>, i64, .*\n.*store (%\w+), ", host)
-        shared = re.findall(rf"{field[1]} = llvm.mlir.constant\((\d+) : i64\)", host[: field.start()])[-1]
-        return resources(next(Path(folder).glob("*.cubin")), sm, math.prod(block), int(shared))
+        host, fields = str(code.ir_module), r"array<3 x i32>, array<3 x i32>, i64, "
+        field = re.search(rf"\[0, 2\] : .*struct<\({fields}.*\n.*store (%\w+), ", host)
+        constant = rf"{field[1]} = llvm.mlir.constant\((\d+) : i64\)"
+        shared = int(re.findall(constant, host[: field.start()])[-1])
+        return resources(next(Path(folder).glob("*.cubin")), sm, math.prod(block), shared)
 
 
 def invalidated(ptx):
-    """Whether `fresh` of flash_attn.py does what it says: the mbarriers in the first 16 bytes of shared memory are
-    made invalid, nothing else is done with them, and no others are under the first tile."""
+    """Whether inval_dead_mbarriers does what it says: the mbarriers in the first 16 bytes of shared
+    memory are made invalid and not used, and no others lie under the first tile."""
     if not all(f"mbarrier.inval.shared::cta.b64 [global_smem{at}];" in ptx for at in ("", "+8")):
         return False
-    sums = {m[1]: (m[2], m[3]) for m in re.finditer(r"add\.s32\s+(%r\d+), (%r\d+), (%?\w+);", ptx)}
+    sums = re.findall(r"add\.s32\s+(%r\d+), (%r\d+), (%?\w+);", ptx)
+    sums = {register: terms for register, *terms in sums}
     begin = set(re.findall(r"mov\.b32\s+(%r\d+), global_smem;", ptx))
-    place = lambda register: sums.get(register, (register, "0"))
 
     def first_16(register):
-        """Whether an address may be there: it is not, where something from 16 on is added to the beginning."""
-        x, y = place(register)
-        if x in sums:  # base, and perhaps 8 times a stage
-            return first_16(x) if not y.isdigit() or int(y) < 16 else False
-        return x in begin and (not y.isdigit() or int(y) < 16)
+        """Whether an address may be there: not where 16 or more is added to the beginning."""
+        x, y = sums.get(register, (register, "0"))
+        near = not y.isdigit() or int(y) < 16
+        return near and (first_16(x) if x in sums else x in begin)
 
-    places = map(place, re.findall(r"mbarrier\.init[\w.:]+\s+\[(%r\d+)\]", ptx))
-    under = {y for x, y in places if x in begin and y.isdigit() and int(y) < 1024}  # a tile has at least as much
+    made = re.findall(r"mbarrier\.init[\w.:]+\s+\[(%r\d+)\]", ptx)
+    made = [sums.get(register, (register, "0")) for register in made]
+    under = {y for x, y in made if x in begin and y.isdigit() and int(y) < 1024}  # a tile is larger
     used = re.findall(r"mbarrier\.(?!init|inval)[\w.:]+\s+[^;]*\[(%r\d+)\]", ptx)
     return len(used) > 0 and under == {"0", "8"} and not any(map(first_16, used))
 
@@ -344,1604 +1527,297 @@ def triton_code(sm, kernel, grid, args, options):
     """resources of what was launched, by Triton's compiler."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    from triton.tools.tensor_descriptor import TensorDescriptor
 
     shorts = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
     signature, constexprs, attributes = {}, {}, {}
     for i, (param, arg) in enumerate(zip(kernel.params, args)):
         specialized = isinstance(arg, int) and not param.do_not_specialize
+        name, kind = param.name, shorts.get(getattr(arg, "dtype", None))
         if param.is_constexpr or specialized and arg == 1:
-            signature[param.name], constexprs[param.name] = "constexpr", arg
-        elif isinstance(arg, TensorDescriptor):
+            signature[name], constexprs[name] = "constexpr", arg
+        elif hasattr(arg, "block_shape"):  # a TMA descriptor
             block = str(list(arg.block_shape)).replace(" ", "")
-            signature[param.name] = f"tensordesc<{shorts[arg.base.dtype]}{block}>"
+            signature[name] = f"tensordesc<{shorts[arg.base.dtype]}{block}>"
         else:
-            name = shorts.get(getattr(arg, "dtype", None))
-            signature[param.name] = f"*{name}" if name else "fp32" if isinstance(arg, float) else "i32"
-            if name or specialized and arg % 16 == 0:
+            signature[name] = f"*{kind}" if kind else "fp32" if isinstance(arg, float) else "i32"
+            if kind or specialized and arg % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
-    tmem = getattr(compiled.metadata, "tmem_size", None) or 0
+    code = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+    threads, shared = 32 * code.metadata.num_warps, code.metadata.shared  # with loading warps
+    tmem = getattr(code.metadata, "tmem_size", None) or 0
     if tmem > 512:  # the code is empty, and a launch would raise OutOfResources
         raise RuntimeError(f"needs {tmem} columns of tensor memory, an SM has 512")
-    if compiled.metadata.num_warps == 12 and not invalidated(compiled.asm["ptx"]):  # specialised
-        raise RuntimeError("barriers in the first 16 bytes of shared memory are used, or not made invalid")
+    if threads == 384 and not invalidated(code.asm["ptx"]):  # specialised
+        raise RuntimeError("barriers in the first 16 bytes of shared memory are used, or valid")
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(compiled.asm["cubin"])
-        # with the loading warps
-        return resources(cubin, sm, 32 * compiled.metadata.num_warps, compiled.metadata.shared)
+        cubin.write_bytes(code.asm["cubin"])
+        return resources(cubin, sm, threads, shared)
 
 
-def machine_code(config, sm, head_dim=128, dtype="bfloat16", is_causal=False, group=1, length=4096, keys=None):
+def machine_code(config, sm, head_dim=128, dtype="bfloat16", is_causal=False, group=1, length=4096,
+                 keys=None):  # fmt: skip
     """Compile what flash_attention launches on compute capability sm / 10, without such a GPU.
 
-    config: as flash_attention takes it, or "gradient". group: how many heads of q share one of k.
-    Returns the dict of `resources` of the first kernel, and as "then" those of the others.
-    Triton must not be in interpreter mode: see compile_in_child.
+    config: as flash_attention takes it, or "gradient", with the forward before it. group: how many
+    heads of q share one of k. Returns `resources` of the first kernel, and under "then" those of
+    the others. Not for a process in interpreter mode: see compile_in_child.
     """
     os.environ["CUTE_DSL_ARCH"] = f"sm_{sm}a"
-    cute = isinstance(config, configs.Plan) and config.kernel == "blackwell"
-    forget()
+    cute, backward = getattr(config, "kernel", "") == "blackwell", config == "gradient"
     LAUNCHED.clear()
-    with pretend(sm):
-        B, H = (1, 16) if config == "gradient" else (16, 64)
-        shapes = (H, length), (H // group, keys or length), (H // group, keys or length)
-        launches(config, *(torch.empty(B, *shape, head_dim, dtype=DTYPES[dtype], device="cuda")
-                           for shape in shapes), is_causal)  # fmt: skip
+    # All of ds at a time: torch without CUDA does not index a fake tensor of a GPU.
+    with pretend(sm), mock.patch.object(flash_attn, "DS_BYTES", 2**40):
+        B, H = (1, 16) if backward else (16, 64)
+        new = lambda h, n: torch.empty(B, h, n, head_dim, dtype=DTYPES[dtype], device="cuda")
+        q, k, v = new(H, length), *(new(H // group, keys or length) for _ in "kv")
+        config = None if backward else config
+        _, lse = flash_attn._forward(q, k, v, is_causal, None, config, backward)
+        if backward:
+            flash_attn._backward(q, k, v, q, lse, q, None, is_causal, None, True, True)
     first, *others = [(cute_code if cute else triton_code)(sm, *launch) for launch in LAUNCHED]
     return {**first, "then": others}
+
+
+CHILDREN = {}  # {sm: a process without the interpreter}, one at a time: Helion remembers the GPU
+
+
+def end_child():
+    for sm in list(CHILDREN):
+        CHILDREN.pop(sm).shutdown()
 
 
 def compile_in_child(jobs):
     """machine_code of each of the jobs, its arguments, in a process that has the interpreter off.
     Returns a list of dicts; {"error": reason} where the compiler refused."""
     reason = lambda error: (str(error).strip().splitlines() or ["no message"])[0][:200]
-    with mock.patch.dict(os.environ, TRITON_INTERPRET="0"), concurrent.futures.ProcessPoolExecutor(1, SPAWN) as pool:
-        futures = [pool.submit(machine_code, *job) for job in jobs]
-        return [{"error": f"{type(error).__name__}: {reason(error)}"} if (error := future.exception())
-                else future.result() for future in futures]  # fmt: skip
-
-
-# ---- Definition and bounds -------------------------------------------------------------------------
-
-
-def seen(q, k, is_causal):
-    """Which keys a row sees, [M, N]: is_causal as flash_attention takes it, False for all."""
-    M, N = q.size(2), k.size(2)
-    diagonal = N if is_causal is False else N - M if is_causal is CausalVariant.LOWER_RIGHT else 0
-    return torch.ones(M, N, dtype=torch.bool, device=q.device).tril(diagonal)
-
-
-def definition(q, k, v, is_causal=False, scale=None):
-    """Attention by its definition, and lse. A row that sees nothing is 0, has lse -inf and no gradient."""
-    k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))
-    scores = q @ k.mT * (q.size(3) ** -0.5 if scale is None else scale)
-    if is_causal is False:
-        return scores.softmax(-1) @ v, scores.logsumexp(-1)
-    mask = seen(q, k, is_causal)
-    some = mask.any(-1)
-    scores = scores.masked_fill(~mask, -math.inf).where(some[:, None], 0.0)
-    return scores.softmax(-1).where(some[:, None], 0.0) @ v, scores.logsumexp(-1).where(some, -math.inf)
-
-
-def compare(out, q, k, v, scale=None, unit=1.0, least=0.0, is_causal=False, lse=None, atol=2e-5, ref=None):
-    """Hold out to flash-attention's own bound (its tests/test_flash_attn.py): at most twice the
-    error of PyTorch's SDPA in the same dtype against a float64 reference, plus rounding.
-    Rows with NaN or inf must be the rows that have it in SDPA's math backend. (The fast backends
-    lose some: the CPU's turns a NaN of inf - inf into a number.)
-    unit: the size of the results, where it is not about 1. least: what SDPA's error counts at least.
-    lse: held to atol where it is given, since an error of it is a relative one of every p. ref: if known."""
-    what = f"at q {tuple(q.shape)}, k {tuple(k.shape)}, is_causal {is_causal}, scale {scale}"
-    assert out.shape == q.shape and out.dtype == q.dtype, (out.shape, out.dtype, what)
-    mask = None if is_causal is False else seen(q, k, is_causal)
-    sdpa = functools.partial(F.scaled_dot_product_attention, q, k, v, mask, scale=scale, enable_gqa=True)
-    other = sdpa()
-    if ref is None or lse is not None:
-        ref, lse_ref = definition(q.double(), k.double(), v.double(), is_causal, scale)
-    if lse is not None:
-        assert lse.shape == q.shape[:3] and lse.dtype == torch.float32, (lse.shape, lse.dtype, what)
-        torch.testing.assert_close(lse.double(), lse_ref, atol=atol, rtol=2e-6, msg=lambda m: f"lse: {m} {what}")
-    finite = ref.isfinite().all(-1)
-    if not (finite.all() and other.isfinite().all()):
-        with sdpa_kernel(SDPBackend.MATH):
-            plain = sdpa()
-        assert torch.equal(plain.isfinite().all(-1), finite), "SDPA's math backend has other rows"
-        if not other[finite].isfinite().all():  # cuDNN gives NaN where the scale is not positive
-            other = plain
-    assert torch.equal(out.isfinite().all(-1), finite), f"not finite in other rows than SDPA {what}"
-    ref = ref[finite]
-    low = ref.to(q.dtype)
-    rounding = (low + 0.3 * unit - 0.3 * unit - low).abs().max().item()
-    bound = 2 * max((other[finite] - ref).abs().max().item(), least) + 2 * rounding
-    error = (out[finite] - ref).abs().max().item()
-    assert error <= bound, f"error {error:.2e} > bound {bound:.2e} {what}"
-    return f"error {error:.2e} <= bound {bound:.2e}"
-
-
-def compare_gradients(qkv, options, with_lse=False, scale=None):
-    """dq, dk and dv of random gradients of out, and of lse, by the bound that `compare` has for out.
-
-    SDPA's error may be small by luck: where one key has most of p, one sum of ds in 16 bits is the largest
-    error of dk, and two kernels that round alike differ by any factor. So its error counts at least as
-    two standard deviations of what the rounding of p, ds and out moves: the root of the sum of squares.
-    """
-    is_causal, dtype = options.get("is_causal", False), qkv[0].dtype
-    generator = torch.Generator(DEVICE).manual_seed(1)
-    weights = torch.randn(qkv[0].shape, generator=generator, device=DEVICE).to(dtype)
-    of_lse = torch.randn(qkv[0].shape[:3], generator=generator, device=DEVICE) * with_lse
-
-    def gradients(attend, dtype):
-        leaves = [x.detach().to(dtype).requires_grad_() for x in qkv]
-        out, lse = attend(*leaves)
-        lse = torch.where(lse > -math.inf, lse, 0.0)
-        loss = (out * weights.to(dtype)).sum().double() + (lse.double() * of_lse).sum()
-        return torch.autograd.grad(loss, leaves)
-
-    def ours(q, k, v):
-        found = flash_attention(q, k, v, enable_gqa=True, scale=scale, return_lse=with_lse, **options)
-        return found if with_lse else (found, torch.zeros_like(of_lse))
-
-    def sdpa(q, k, v):  # which has no lse
-        mask = None if is_causal is False else seen(q, k, is_causal)
-        out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
-        return out, definition(q.float(), k.float(), v.float(), is_causal, scale)[1]
-
-    ref = gradients(functools.partial(definition, is_causal=is_causal, scale=scale), torch.float64)
-    q, k, v = (x.double().repeat_interleave(qkv[0].size(1) // x.size(1), 1) for x in qkv)
-    out, lse = definition(q, k, v, is_causal, scale)
-    do, lse, s = weights.double(), lse.where(lse > -math.inf, 0.0), q.size(3) ** -0.5 if scale is None else scale
-    p = torch.where(seen(q, k, is_causal), (q @ k.mT * s - lse[..., None]).exp(), 0.0)
-    dp, s, rounding = do @ v.mT, abs(s), lambda x: x.to(dtype) - x
-    of_p, of_ds = rounding(p), rounding(p * (dp - (out * do).sum(-1, keepdim=True) + of_lse[..., None]))
-    of_delta = (rounding(out) * do).sum(-1, keepdim=True)
-    summed = lambda x: x.unflatten(1, (qkv[1].size(1), -1)).sum(2)  # over a group of heads
-    noise = {"q": s * (of_ds**2 @ k**2 + (of_delta * (p @ k)) ** 2).sqrt(),
-             "k": s * summed((of_ds**2 + (of_delta * p) ** 2).mT @ q**2).sqrt(),
-             "v": summed((of_p**2).mT @ do**2).sqrt()}  # fmt: skip
-    # ds is p times the difference of two sums, which may be 0: what the float32 rounding of these moves.
-    sums = p * (dp.abs() + (p * dp.abs()).sum(-1, keepdim=True)) * s
-    cancelling = {"q": (sums @ k.abs()).max(), "k": (sums.mT @ q.abs()).max(), "v": torch.zeros(())}
-    lines = []
-    for name, x, other, y in zip("qkv", gradients(ours, dtype), gradients(sdpa, dtype), ref):
-        # p is exp(score - lse), and both are rounded to float32.
-        exact = 2.0**-22 * ((2 + lse.abs().max().item()) * y.abs().max().item() + cancelling[name].item())
-        # In float32 p from lse alone is less exact than SDPA's, from the maximum and the sum.
-        factor = 4 if dtype == torch.float32 else 2
-        least = 0.0 if dtype == torch.float32 else 2 * noise[name].max().item()
-        bound = factor * max((other.nan_to_num() - y).abs().max().item(), least) + 2 * rounding(y).abs().max().item() + 2 * exact
-        error = (x - y).abs().max().item()
-        assert error <= bound, f"d{name}: error {error:.2e} > bound {bound:.2e} at {[tuple(x.shape) for x in qkv]}"
-        lines.append(f"d{name} {error:.1e} <= {bound:.1e}")
-    return ", ".join(lines)
-
-
-def make(shape, dtype="bfloat16", keys=None, heads=None, seed=0):
-    """Random normal q: [B, H, S, D] and k, v: [B, heads, keys, D]."""
-    generator = torch.Generator(DEVICE).manual_seed(seed)
-    B, H, S, D = shape
-    return [
-        torch.randn(B, h, n, D, generator=generator, device=DEVICE).to(DTYPES[dtype])
-        for h, n in ((H, S), (heads or H, keys or S), (heads or H, keys or S))
-    ]
-
-
-def bshd(x):
-    """The same numbers, in memory as [B, S, H, D]."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-# ---- The forward -----------------------------------------------------------------------------------
-# Each case is a function that raises where the kernel is wrong, and returns the line to print.
-
-def bound(call, *args, **options):
-    """The names of the kernels that helion compiles for a call, and what it returns."""
-    with mock.patch.object(helion.Kernel, "bind", autospec=True, side_effect=helion.Kernel.bind) as bind:
-        found = call(*args, **options)
-    return {call.args[0].name for call in bind.call_args_list}, found
-
-
-# [B, H, M, D], N, heads of k. Groups of 1, 2 and 8 heads; one query; rows that see nothing.
-MASKED = [((1, 2, 128, D), 256, 2), ((1, 2, 450, D), 450, 1), ((1, 8, 129, D), 520, 1), ((1, 2, 300, D), 140, 2),
-          ((1, 4, 1, D), 400, 2), ((1, 2, 384, D), 128, 2), ((1, 2, 2, D), 129, 2)]  # fmt: skip
-SHAPES = {
-    "lengths": [*(((2, 1, n, D), n, 1) for n in (1, 17, 128, 129, 300)), *(((1, 3, 300, D), n, 3) for n in (1, 129, 520))],
-    **{f"D={d}": [((1, 2, 129, d), 300, 2)] for d in HEAD_DIMS}, "upper_left": MASKED, "lower_right": MASKED,
-}  # fmt: skip
-
-
-def dim_of(config):
-    """The head dim of its cases."""
-    return int(config.removeprefix("hopper_")) if config.startswith("hopper_") else D
-
-
-def attention(config, kind, dtype):
-    """Shapes of a kind, by a config. With and without lse, where that is another kernel."""
-    is_causal, shapes = CAUSAL.get(kind, False), SHAPES[kind]
-    if config.startswith("hopper_"):  # every second one: they are what hopper's are, and larger
-        half = slice(config == "hopper_64", None, 2)  # which has two tiles of 300 and 450 queries
-        shapes = [((*shape[:3], dim_of(config)), keys, heads) for shape, keys, heads in shapes[half]]
-    config = NAMED[config]
-    options = dict(is_causal=is_causal, config=config)
-    for shape, keys, heads in shapes:
-        q, k, v = make(shape, dtype, keys, heads)
-        attend = functools.partial(flash_attention, q, k, v, enable_gqa=heads < shape[1], **options)
+    codes = []
+    for job in jobs:
+        if job[1] not in CHILDREN:
+            end_child()
+            CHILDREN[job[1]] = concurrent.futures.ProcessPoolExecutor(1, SPAWN)
+            multiprocessing.util.Finalize(None, end_child, exitpriority=100)  # before its queues
         try:
-            out = attend()
-        except Exception as error:  # a named config need not take every head dim
-            if config is not None and type(error).__name__ == "OutOfResources":
-                raise Skipped(f"does not fit this GPU: {error}") from None
-            if config is configs.TILE128 and shape[3] != 128 and "PassManager" in str(error):
-                raise Skipped("Triton before 3.9 does not compile it for this head dim on sm_90") from None
-            raise
-        line = compare(out, q, k, v, is_causal=is_causal)
-        if is_causal is True and dtype != "float32":
-            expected = v[:, :, :1].repeat_interleave(shape[1] // heads, 1)
-            assert torch.equal(out[:, :, :1], expected), "a row of one key is not its v"
-        if not isinstance(config, helion.Config):
-            out, lse = attend(return_lse=True)
-            compare(out, q, k, v, is_causal=is_causal, lse=lse)
-    return f"{len(shapes)} shapes, the last one: {line}"
-
-
-def padded_head_dims(config, dtype):
-    """Multiples of 8 that are no power of two, as one or two parts: what fills them up must be 0, and the next head
-    stays out."""
-    for dim in (8, 24, 72, 80, 96, 112, 136, 192, 200) if GPU else (8, 24, 72, 136, 200):
-        most = 128 if config == "general" else getattr(NAMED[config], "head_dim", 256)
-        if dim > most or config == "hopper_256" and dim <= 128:
-            continue  # what their tiles are not for
-        q, k, v = (x.transpose(1, 2) for x in make((1, 150, 2, dim), dtype))  # [B, S, H, D] in memory
-        q[0, 1], k[0, 1], v[0, 1] = math.nan, math.inf, math.nan  # TMA must not fill up the other head with these
-        out = flash_attention(q, k, v, is_causal=True, config=NAMED[config])
-        line = compare(*(x[:, :1] for x in (out, q, k, v)), is_causal=True)
-        q, k, v = make((1, 2, 150, dim), dtype, 200)
-        one = torch.cat([q, q.new_full((1, 2, 150, 40), math.nan)], -1)[:, :, :1, :dim]  # beside it what nobody may read
-        for q in (q, one, one[:, :, :1].expand_as(q)):
-            compare(flash_attention(q, k, v, config=NAMED[config]), q, k, v)
-    return line
-
-
-def unseen(config, dtype):
-    """Keys beyond the diagonal, in a row's own tile, that would beat all that it sees by 2^20 and more."""
-    for kind, M, N in (("upper_left", 256, 256), ("lower_right", 200, 328), ("lower_right", 150, 300)):
-        q, k, v = make((1, 1, M, dim_of(config)), dtype, N)
-        q[..., 0], k[..., 0] = 8, 0
-        k[:, :, -6:, 0] = 2.5 * q.size(3) ** 0.5
-        options = dict(config=NAMED[config], is_causal=CAUSAL[kind])
-        for out in (flash_attention(q, k, v, **options), flash_attention(q, k, v, return_lse=True, **options)[0]):
-            out, q_ = out[:, :, :-6], q[:, :, :-6]  # the rows that do not see them
-            line = compare(out, q_, k[:, :, :-6], v[:, :, :-6], is_causal=CAUSAL[kind])
-    return line
-
-
-def layouts(config):
-    """Read in place: [B, S, H, D] in memory, k and v of one packed tensor, expanded heads; out in q's layout."""
-    dim, config = dim_of(config), NAMED[config]
-    q, k, v = make((2, 2, 129, dim), keys=300)
-    q, packed = bshd(q), torch.cat([k, v], -1).split(dim, -1)
-    k, v = bshd(k), bshd(v)
-    one = [x[:, :1].expand(2, 2, -1, -1) for x in packed]
-    line = compare(flash_attention(q, k, v, config=config), q, k, v)
-    if isinstance(config, helion.Config) and config is not configs.TILE128:  # the same kernel, slower here
-        return line
-    for kv in (packed, one):
-        compare(flash_attention(q, *kv, config=config), q, *kv)
-    with mock.patch.object(torch.Tensor, "clone", side_effect=AssertionError("it was copied")):
-        for kv in ((k, v), packed, one):  # compiled before, which copies
-            out = flash_attention(q, *kv, config=config)
-            assert out.transpose(1, 2).is_contiguous(), "out is not in q's layout"
-    q = q.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)  # [S, B, H, D] in memory
-    compare(flash_attention(q, k, v, config=config), q, k, v)
-    k, v = (torch.cat([x, x], -1)[..., 1 : dim + 1] for x in (k, v))
-    q = q.transpose(2, 3).contiguous().transpose(2, 3)  # rows that are not contiguous
-    return compare(flash_attention(q, k, v, config=config), q, k, v)
-
-
-def another_call(config):
-    """A call that is like the last one but for one thing is another call: strides, alignment, options, dtypes."""
-    config, (x, k, v) = NAMED[config], make((1, 2, 144, D))
-    forget()
-    compare(flash_attention(x, x, x, config=config), x, x, x)  # then three tensors, not one
-    q = make((1, 2, 144, D), seed=1)[0]
-    plan = config or configs.best(torch.cuda.get_device_capability() if GPU else None, D, q.dtype, 2, 144, 144)
-    apart = lambda x: torch.cat([x, x], 2)[:, :, :144]
-    odd = lambda x: x.new_empty(x.numel() + 1)[1:].view_as(x).copy_(x)
-    compare(flash_attention(q, k, v, config=config), q, k, v)
-    for i in range(3):
-        for change in (apart, odd):
-            qkv = [change(x) if i == j else x for j, x in enumerate((q, k, v))]
-            copies, clone = [], torch.Tensor.clone
-            with mock.patch.object(torch.Tensor, "clone", lambda x, **o: copies.append(x) or clone(x, **o)):
-                out = flash_attention(*qkv, config=config)
-            # Only TMA needs aligned rows. A compiler clones other tensors.
-            copies = [x for x in copies if any(x is y for y in qkv)]
-            assert len(copies) == (change is odd and plan.kernel == "hopper"), "another alignment, and it was not seen"
-            compare(out, *qkv)
-            compare(flash_attention(q, k, v, config=config), q, k, v)
-    k_, v_ = k[:, :, :130], v[:, :, :130]
-    for options in (dict(is_causal=True), dict(scale=0.2), dict(is_causal=CAUSAL["lower_right"])):
-        compare(flash_attention(q, k_, v_, config=config, **options), q, k_, v_, **options)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        forget()
-        out, lse = flash_attention(q, k, v, return_lse=True, config=config)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    negative = torch.complex(q.float(), q.float()).conj().imag  # -q, of which only a bit says so
-    found = flash_attention(negative, k.float(), v.float())
-    torch.testing.assert_close(found, flash_attention(-q.float(), k.float(), v.float()))
-    return compare(out, q, k, v, lse=lse)
-
-
-def special_values(config):
-    """NaN, inf, scales of any sign or none, and nothing at all give what SDPA gives."""
-    attend = functools.partial(flash_attention, config=NAMED[config])
-    for tensor, row, value in ((0, 5, math.nan), (0, 128, math.inf), (1, 7, math.inf), (2, 128, math.nan)):
-        qkv = make((2, 2, 129, D))
-        qkv[tensor][1, 1, row, 3] = value
-        compare(attend(*qkv), *qkv)
-    q, k, v = make((2, 2, 129, D))
-    line = compare(attend(q * 40, k, v, scale=-0.3), q * 40, k, v, -0.3)  # a maximum before the scale is a minimum
-    if isinstance(NAMED[config], helion.Config):
-        return line
-    for dtype in (torch.bfloat16, torch.float16):
-        q, k, v = (x.to(dtype) for x in (q, k, v))
-        for scale in (0, -0.0, 1e-50):  # the mean of v
-            expected = v.mean(2, keepdim=True, dtype=torch.float64).expand(-1, -1, 129, -1)
-            torch.testing.assert_close(attend(q, k, v, scale=scale).double(), expected, atol=1e-3, rtol=1e-2)
-        compare(attend(q, k, v, scale=0.3), q, k, v, 0.3)
-        compare(attend(q * 40, k, v, scale=-0.3), q * 40, k, v, -0.3)
-    for B, H, S, keys in ((0, 2, 4, 5), (2, 0, 4, 5), (2, 2, 0, 5), (2, 2, 4, 0)):
-        q, k, v = (torch.randn(B, H, n, D, device=DEVICE).bfloat16() for n in (S, keys, keys))
-        with sdpa_kernel(SDPBackend.MATH):  # cuDNN returns None for some of these
-            torch.testing.assert_close(attend(q, k, v), F.scaled_dot_product_attention(q, k, v))
-    return line
-
-
-def bad_input():
-    """Each of these must be refused, by its name, before anything is compiled."""
-    q, k, v = make((2, 2, 16, 64))
-    three_stages = helion.Config(**{**configs.HOPPER.config.config, "range_num_stages": [1, 3]})
-    lists = {
-        TypeError: [
-            ("k", (q, k.half(), v), {}), ("q", (q.double(), k.double(), v.double()), {}), ("v", (q, k, [1.0]), {}),
-            ("is_causal", (q, k, v), {"is_causal": "yes"}), ("config", (q, k, v), {"config": "tile128"})],
-        ValueError: [
-            ("q", (q[0], k, v), {}), ("k", (q, k[:1], v), {}), ("v", (q, k, v[:, :1]), {}), ("k", (q, k[..., :32], v), {}),
-            ("v", (q, k, v[:, :, :8]), {}), ("q", (q[..., :44], k[..., :44], v[..., :44]), {}),
-            ("k", (q, k.to("meta"), v), {}), ("k", (q, k[:, :1], v[:, :1]), {}), ("scale", (q, k, v), {"scale": math.nan}),
-            ("config", (q.float(), k.float(), v.float()), {"config": configs.HOPPER}),
-            ("config", [x.repeat(1, 1, 1, 2)[..., :72] for x in (q, k, v)], {"config": configs.HOPPER_64}),
-            ("config", [x.repeat(1, 1, 1, 3)[..., :136] for x in (q, k, v)], {"config": configs.HOPPER}),
-            ("config", (q, k, v), {"config": configs.Plan("hopper", 128, 128, helion.Config())}),
-            ("config", (q, k, v), {"config": dataclasses.replace(configs.HOPPER, config=three_stages)}),
-            ("config", (q.clone().requires_grad_(), k, v), {"config": configs.TILE128}),
-            ("config", (q, k, v), {"return_lse": True, "config": configs.TILE128}),
-            ("q must be on a CUDA device", (q.cpu(), k.cpu(), v.cpu()), {})],
-    }  # fmt: skip
-    with mock.patch.object(helion.Kernel, "bind", side_effect=AssertionError("it was compiled")):
-        for error, calls in lists.items():
-            for message, qkv, options in calls:
-                interpret = "0" if "CUDA" in message else os.environ.get("TRITON_INTERPRET", "0")
-                with mock.patch.dict(os.environ, TRITON_INTERPRET=interpret), raises(error, f"^{message}"):
-                    flash_attention(*qkv, **options)
-        with pretend(80):
-            for name in ("hopper", "blackwell"):
-                with raises(ValueError, "^config takes GPUs of compute capability"):
-                    launches(NAMED[name], *(torch.empty(1, 2, 256, 64, device="cuda", dtype=torch.bfloat16) for _ in "qkv"), False)
-    return "refused"
-
-
-# ---- The forward, where only a GPU can fail --------------------------------------------------------
-
-
-def same_bits(config, runs=200):
-    """Many runs, where a race between warps would show in some of them; of the gradient, too."""
-    def gradient(*qkv, **options):
-        return torch.autograd.grad(flash_attention(*(x.requires_grad_() for x in qkv), **options).square().sum(), qkv)
-
-    report = isinstance(NAMED[config], helion.Config)
-    of_plans = [(gradient, {}), (gradient, dict(is_causal=True))]
-    of_plans += [(flash_attention, options) for options in (dict(is_causal=True), dict(is_causal=True, return_lse=True))]
-    for attend, options in [(flash_attention, {}), *([] if report else of_plans)]:
-        for shape in ((4, 32, 1024, 128), (2, 16, 1001, 128 if report else 64), (2, 8, 8192, 128)):
-            shape = (*shape[:3], dim_of(config)) if config.startswith("hopper_") else shape
-            qkv = make(shape)
-            first = attend(*qkv, config=NAMED[config], **options)
-            for _ in range(runs):
-                torch.testing.assert_close(attend(*qkv, config=NAMED[config], **options), first, atol=0, rtol=0)
-    return f"the same bits as the first, {runs} times each"
-
-
-def compiles_nothing(config):
-    """Other lengths, batches, heads and scales compile nothing, and the memory stays where it is."""
-    config, used = NAMED[config], []
-    for M, N in ((1, 129), (130, 200), (130, 256)):  # the kinds of masking
-        for is_causal in (False, CAUSAL["lower_right"]):
-            flash_attention(*make((1, 2, M, D), keys=N), is_causal=is_causal, config=config)
-    before = compiled()
-    with mock.patch.object(helion.Kernel, "bind", side_effect=AssertionError("it was compiled")):
-        for i in range(100):
-            shape = (1 + i % 3, 2 * (1 + i % 2), 130 + 3 * i if i % 2 else 1, D)
-            q, k, v = make(shape, keys=200 + 7 * i, heads=2)
-            options = dict(is_causal=CAUSAL["lower_right"] if i % 4 == 1 else False, scale=0.1 + i / 1000)
-            out = flash_attention(q, k, v, enable_gqa=True, config=config, **options)
-            if i % 10 == 1:
-                compare(out, q, k, v, **options)
-            del q, k, v, out
-            used.append(torch.cuda.memory_allocated())
-    assert compiled() == before, "something was compiled"
-    assert used[-1] <= used[2], used  # the reference has its workspace by then
-    return f"{len(used)} calls"
-
-
-def large_tensor(config):
-    """More than 2^31 elements between the first and the last. A CPU has only those in memory that are touched."""
-    apart = 2**30 + 8 * D
-    storage = torch.UntypedStorage(2 * (2 * apart + 2 * 300 * D), device=DEVICE)  # nobody fills it
-    for large in ((0, 1, 2), (0,), (1, 2)):
-        qkv = make((3, 2, 300, D))
-        for i in large:
-            x = qkv[i].new_empty(0).set_(storage, 0, (3, 2, 300, D), (apart, 300 * D, D, 1))
-            if i != large[0]:  # k and v, or all three, are one tensor then
-                qkv[i] = qkv[large[0]]
-            else:
-                x.copy_(qkv[i])
-                qkv[i] = x
-        line = compare(flash_attention(*qkv, config=NAMED[config]), *qkv)
-    with gradient_of(config):
-        compare_gradients(qkv, dict(config=NAMED[config]))
-    return line
-
-
-def threads():
-    """Eight threads make their first calls at once, on a stream each."""
-    barrier = threading.Barrier(8)
-
-    def work(i):
-        q, k, v = make((1 + i % 3, 2, 100 + 50 * i, (64, 128)[i % 2]), ("bfloat16", "float16")[i // 4], seed=i)
-        torch.cuda.synchronize()
-        barrier.wait()
-        with torch.cuda.stream(torch.cuda.Stream()):
-            for _ in range(20):
-                out = flash_attention(q, k, v, is_causal=i % 3 == 0)
-        torch.cuda.synchronize()
-        return compare(out, q, k, v, is_causal=i % 3 == 0)
-
-    forget()
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        return list(pool.map(work, range(8)))[-1]
-
-
-def capture():
-    """In a CUDA graph: not as the first call, and right afterwards."""
-    q, k, v = make((2, 2, 200, 32))
-    forget()
-    with raises(RuntimeError, "before the capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        flash_attention(q, k, v)
-    flash_attention(q, k, v)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = flash_attention(q, k, v)
-    for x, new in zip((q, k, v), make((2, 2, 200, 32), seed=1)):
-        x.copy_(new)
-    graph.replay()
-    return compare(out, q, k, v)
-
-
-def report_shape(config, *shape):
-    """A shape of the report; the float64 reference is taken of two heads."""
-    q, k, v = make(shape)
-    out = flash_attention(q, k, v, config=NAMED[config])
-    for x, y in zip(out, F.scaled_dot_product_attention(q, k, v)):  # one b at a time: it takes several times as much
-        torch.testing.assert_close(x, y, atol=2e-2, rtol=2e-2)
-    return [compare(*(x[b, h][None, None] for x in (out, q, k, v))) for b, h in ((0, 0), (-1, -1))][-1]
-
-
-# ---- Hard rows -------------------------------------------------------------------------------------
-# Heads whose rows are all of one kind, each head held to the bound by itself, so that a row that is wrong
-# does not hide behind the error of a larger one. Everything about scores is in nats, the exponent of e.
-# All kinds share one shape, so that a config compiles once for them; MANY keys are another.
-HEADS, ROWS, KEYS, MANY = 8, 256 if GPU else 64, 300, 131072 if GPU else 4096
-LN2 = math.log(2)
-LARGEST = {torch.bfloat16: 1e36, torch.float16: 1e4, torch.float32: 1e36}  # of v
-
-
-def in_pieces(x):
-    """Three columns that sum up to x: one bf16 has 8 bits, which is too few for a score."""
-    first = x.bfloat16().double()
-    second = (x - first).bfloat16().double()
-    return torch.stack([first, second, x - first - second], -1)
-
-
-def hard_head(dtype, keys, seed, dim=D, shift=0.0, sweep=0.0, spread=0.0, gap=0.0, upper=0.5, values="normal", size=1.0,
-              columns=slice(None)):  # fmt: skip
-    """q: [ROWS, dim], k, v: [keys, dim]: one head with scores and values to measure.
-
-    shift is added to all scores, and another 0 to sweep from the first row to the last. spread: their
-    standard deviation. A share of `upper` of the keys, but one at least, is on an upper level; the
-    others are lower by gap and another 0 to 1 bit, so that every row rounds its p in another way.
-    values: "normal", "positive", on the "upper" or "lower" keys only, "opposed" on the two levels, or
-    "biased", which sets scores, too. size: of the largest result, unless v would be over LARGEST.
-    columns: v is 0 in others than these.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    normal = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)
-    uniform = lambda *shape: torch.rand(shape, generator=generator, dtype=torch.float64)
-    low = torch.randperm(keys, generator=generator) >= min(max(round(upper * keys), 1), keys - 1)
-    scores, odd = torch.zeros(keys, dtype=torch.float64), torch.arange(keys) % 2 == 1
-    if values == "biased":
-        # The mantissas of odd and even keys' p are a factor of 1.5 or 0.75 apart, and so is on average
-        # what cutting takes away from them. Rounding to nearest takes nothing, whatever is subtracted.
-        scores = LN2 * (0.1 * uniform(keys) + 0.6 * odd)
-        low = torch.zeros_like(low)
-        v = torch.where(odd, -(0.5**0.6), 1.0)[:, None] * (1 + uniform(dim))
-    elif values == "positive":
-        v = uniform(keys, dim)
-    elif values == "opposed":
-        v = torch.where(low, 1.0, -1.0)[:, None] * (1 + uniform(dim))
-    else:
-        v = normal(keys, dim) * {"normal": 1.0, "upper": ~low[:, None], "lower": low[:, None]}[values]
-    outside = torch.ones(dim, dtype=torch.bool)
-    outside[columns] = False
-    v[:, outside] = 0
-    root, rest, along = dim**0.5, dim - 9, torch.linspace(0, 1, ROWS, dtype=torch.float64)
-    ones = lambda n: torch.ones(n, 3, dtype=torch.float64)
-    shifts, gaps = in_pieces(root * (shift + sweep * along)), in_pieces(root * -(gap + LN2 * along))
-    q = torch.cat([ones(ROWS), shifts, gaps, normal(ROWS, rest) * spread * (dim / rest) ** 0.5], -1)
-    k = torch.cat([in_pieces(root * scores), ones(keys), ones(keys) * low[:, None], normal(keys, rest)], -1)
-    q, k = q.to(dtype), k.to(dtype)
-    largest = definition(*(x[None, None].double() for x in (q, k, v)))[0].abs().max().item()
-    v *= min(size / largest, LARGEST[dtype] / v.abs().max().item())
-    return q.to(DEVICE), k.to(DEVICE), v.to(dtype).to(DEVICE)
-
-
-def tf32x3(x, y):
-    """x @ y as tensor cores do it in float32: three products of numbers with 10 bits behind the point."""
-    cut = lambda x: ((x.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
-    (x, x_low), (y, y_low) = ((cut(z), cut(z - cut(z))) for z in (x.contiguous(), y.contiguous()))
-    return x_low @ y + x @ y_low + x @ y
-
-
-def rounded_once(q, k, v, ref):
-    """The largest error of a few ways to do attention in float32 with p rounded to v's dtype once.
-
-    SDPA's error can be none by luck: its largest p is exactly 1, and where few keys count the other p
-    may be exact, too. A kernel that subtracts another number than the maximum is as right, and has
-    that error. So here the largest p is 2^-t for some t. For each t the sums have another order.
-    """
-    errors, product = [], tf32x3 if v.dtype == torch.float32 else torch.matmul
-    for t in (0, 0.25, 0.5, 0.75):
-        q_t, k_t = (x.float().roll(int(t * x.size(-1)), -1) for x in (q, k))
-        x = product(q_t, k_t.mT) * (q.size(-1) ** -0.5 * LOG2E)
-        p = torch.exp2(x - x.amax(-1, keepdim=True) - t).to(v.dtype).float()
-        tiles = list(zip(p.split(32, -1), v.float().split(32, -2)))
-        acc, l = sum(product(p, v) for p, v in tiles), sum(p.sum(-1, keepdim=True) for p, _ in tiles)
-        errors.append((acc / l - ref).abs().max().item())
-    return max(errors) * (2 if v.dtype == torch.float32 else 1)  # tensor cores cut sums off where float32 rounds
-
-
-def hold(config, dtype, heads, keys=KEYS):
-    """Heads, [(seed, parameters of hard_head)], each to the bound by itself."""
-    missed = []
-    for first in range(0, len(heads), HEADS):
-        some = heads[first : first + HEADS]
-        qkv = [torch.stack(x)[None] for x in zip(*(hard_head(dtype, keys, seed, dim_of(config), **head) for seed, head in some))]
-        out = flash_attention(*qkv, config=NAMED[config])
-        for i, (seed, head) in enumerate(some):
-            q, k, v = (x[:, i : i + 1] for x in qkv)
-            ref = definition(q.double(), k.double(), v.double())[0]
-            least = rounded_once(q, k, v, ref)
-            try:
-                line = compare(out[:, i : i + 1], q, k, v, None, ref.abs().max().item(), least, ref=ref)
-            except AssertionError as error:
-                missed.append(f"{error} at seed {seed}, {head}")
-    assert not missed, f"{len(missed)} of {len(heads)} heads, the first one: {missed[0]}"
-    return f"{len(heads)} heads, the last one: {line}"
-
-
-# All rows of a head leave hopper's range in the same way, or those that are noticed would have the others
-# computed again, too.
-SHIFTS = [dict(shift=shift, sweep=0.5, spread=1.0) for shift in (-300, -100, -60, -20, 20, 60, 100, 300)]
-# One key is on the upper level, or half of them, or most. At -4 they sum up to more than 1 nevertheless;
-# at -60 to what float32 holds, but the lower level is then where it has no numbers left.
-LEVELS = [dict(shift=shift, gap=gap, upper=upper) for shift in (-4, -60, 60) for gap, upper in (
-    (2, 0.0), (2, 1.0), (5, 0.5), (8, 0.5), (8, 1.0), (11, 0.5), (20, 0.0), (40, 0.5))]  # fmt: skip
-HARD = {
-    "shifts": SHIFTS,
-    "shifts_in_one_head": [dict(shift=-300, sweep=600, spread=spread) for spread in (0, 0.1, 0.3, 1, 2, 3, 5, 10)],
-    # Just before 88 p sums up to inf in float32 without a single p, a tile's sum, or a sum of p v, that is
-    # inf. hopper subtracts a constant, -40 bits, and has it from 55.1 to 56.1: fine steps hit it there. The last
-    # heads are at its lower edge: tiny p of large values, which a few bits less of all p would lose.
-    "edges": [dict(shift=shift, sweep=0.2, spread=0.1, size=2.0**-10) for shift in (
-        *range(-100, 156, 8), *(52 + i / 4 for i in range(24)))] + [
-        dict(shift=shift, gap=86, upper=1.0, values="lower", size=math.inf) for shift in range(-35, -27)],
-    # Two heads are beyond hopper's range in their first or last columns alone.
-    "large_values": [dict(head, values="positive", size=math.inf, columns=columns) for head, columns in zip(
-        SHIFTS, [slice(None)] * 3 + [slice(-8, None), slice(8)] + [slice(None)] * 3)],
-    "spreads": [dict(spread=spread) for spread in (0.1, 0.3, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0)],
-    "upper_level": [dict(head, values="upper") for head in LEVELS],
-    "lower_level": [dict(head, values="lower") for head in LEVELS],
-    # One large p and many tiny ones that weigh as much; tiny ones that sum up to 1 or 2.7; biased.
-    "many_keys": [
-        dict(gap=math.log(MANY), upper=0.0, values="opposed"),
-        dict(gap=math.log(MANY), upper=0.0, values="positive", shift=-0.5),
-        dict(shift=-math.log(MANY), sweep=1.0, upper=1.0, values="positive"),
-        dict(values="biased"),
-    ],
-    # One of each, for the report's kernel: equal keys, scores far off, one key far above, large values.
-    "mixed": [dict(), SHIFTS[0], SHIFTS[7], dict(gap=60, upper=0.0, values="lower"), dict(gap=60, upper=0.0),
-              dict(spread=30.0), dict(SHIFTS[1], values="positive", size=math.inf), dict(spread=2.0)],
-}  # fmt: skip
-
-
-def hard_rows(config, kind, dtype):
-    keys = MANY if kind == "many_keys" else KEYS - KEYS % 64 if config == "hopper_256" else KEYS  # no mask then
-    return hold(config, DTYPES[dtype], list(enumerate(HARD[kind])), keys)
-
-
-def drawn(dtype, seed):
-    """Parameters of hard_head: the seed says which, so that a draw can be had again without the others."""
-    draw = random.Random(seed)
-    return dict(
-        shift=round(draw.choice([300, 90, 20, 6]) * draw.uniform(-1, 1), 3),
-        sweep=draw.choice([0.0, 0.5, 5.0]),
-        spread=draw.choice([0.0, 0.1, round(10 ** draw.uniform(-1, 1.5), 3)]),
-        gap=round(draw.choice([10, 40]) * draw.random(), 3),
-        upper=draw.choice([0.0, 0.1, 0.5, 0.9, 1.0]),
-        values=draw.choice(["normal", "positive", "upper", "lower", "lower", "opposed"]),
-        size=10.0 ** draw.randint(*(-2, 4) if dtype == torch.float16 else (-6, 36)),
-    )
-
-
-def search(config, dtype, draws):
-    """Random heads, the same ones at every call."""
-    return hold(config, DTYPES[dtype], [(seed, drawn(DTYPES[dtype], seed)) for seed in range(draws)])
-
-
-# ---- The gradient ----------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def gradient_of(config):
-    """Inside, the gradient of "hopper" runs with Hopper's plans, here too."""
-    best = configs.best_gradient
-    of_hopper = lambda capability, *rest, **options: best((9, 0) if config == "hopper" else capability, *rest, **options)
-    forget()
-    with mock.patch.object(configs, "best_gradient", of_hopper):
-        yield
-    forget()
-
-
-def gradients(config, kind, dtype):
-    """Unequal and ragged lengths, groups of heads, padded head dims, [B, S, H, D], a given scale, lse."""
-    is_causal = CAUSAL[kind]
-    kept = 2**17 if kind == "dense" else 1  # whole heads at a time, one after the other; or some queries of one
-    with gradient_of(config), mock.patch.object(flash_attn, "KEPT", kept):
-        for B, H, heads, M, N, dim in ((1, 2, 2, 128, 256, D), (2, 4, 2, 150, 300, D), (1, 4, 1, 129, 200, 72),
-                                       (1, 10, 5, 200, 140, 16), (1, 3, 1, 260, 133, 40), (1, 2, 2, 256, 256, 64),
-                                       (1, 2, 2, 1, 200, D), (1, 1, 1, 200, 209, 128), (1, 1, 1, 200, 209, 256)):  # fmt: skip
-            if dim > 128 and kind == "lower_right":
-                continue  # as upper_left, and slow
-            options = dict(is_causal=is_causal, config=NAMED[config if dim <= 128 or config != "hopper" else "hopper_256"])
-            layout = bshd if dim != 40 else lambda x: x.mT.contiguous().mT  # which TMA does not read
-            qkv = [layout(x) for x in make((B, H, M, dim), dtype, N, heads)]
-            with mock.patch.object(flash_attn, "BUSY", 3 * N):  # three heads at a time
-                line = compare_gradients(qkv, options, with_lse=M not in (1, 128), scale={1: -0.3, 128: 0.3}.get(M))
-    return line
-
-
-def hard_gradients(config, dtype):
-    """Rows with scores far from 0, and with two levels, of which one has the values."""
-    heads = SHIFTS[::3] + [dict(head, values=values) for head in LEVELS[::11] for values in ("upper", "lower")]
-    with gradient_of(config):
-        for i, head in enumerate(heads):
-            qkv = [x[None, None] for x in hard_head(DTYPES[dtype], KEYS, i, **head)]
-            line = compare_gradients(qkv, dict(config=NAMED[config]))
-    return f"{len(heads)} heads, the last one: {line}"
-
-
-def saved_lse(config):
-    """The gradient takes p from lse, which has to be exact, though nobody asked for it."""
-    q, k, v = (x.requires_grad_() for x in make((1, 2, 200, D)))
-    out = flash_attention(q, k, v, config=NAMED[config])
-    (lse,) = (x for x in out.grad_fn.saved_tensors if x.shape == q.shape[:3])
-    return compare(out, q, k, v, lse=lse)
-
-
-def asked_for(config, dim):
-    """No gradient is computed that nobody asked for, as the kernels tell that are compiled; the others are as they
-    are together. out's gradient is one number, expanded; q, k and v stay as they are."""
-    q, k, v = make((1, 2, 140, dim), "float16")
-    copies = [x.clone() for x in (q, k, v)]
-
-    def found(*which):
-        forget()
-        leaves = [x.detach().requires_grad_(i in which) for i, x in enumerate((q, k, v))]
-        names, _ = bound(lambda: flash_attention(*leaves).sum().backward())
-        assert [x.grad is not None for x in leaves] == [i in which for i in range(3)]
-        return names, [x.grad for x in leaves]
-
-    with gradient_of(config):
-        of_all, expected = found(0, 1, 2)
-        again = "_hopper_dq_kernel" in of_all  # which does not read what _dkdv_kernel keeps
-        for i, x in enumerate(expected):
-            names, grads = found(i)
-            unasked = {"_dq_kernel", "_hopper_dq_kernel"} if i else {"_dkdv_kernel"} if again else set()
-            assert names == of_all - unasked, (i, names, of_all)
-            torch.testing.assert_close(grads[i], x, atol=2e-3, rtol=2e-3)
-    assert all(map(torch.equal, (q, k, v), copies)), "an input was written"
-    with torch.no_grad():
-        assert not flash_attention(q.requires_grad_(), k, v).requires_grad
-    return ", ".join(sorted(of_all))
-
-
-# ---- In torch and in models ------------------------------------------------------------------------
-BACKEND = "inductor" if GPU else "aot_eager"
-
-
-def in_torch(name):
-    """Under torch's own checks, torch.compile, torch.export, autocast, and where a clear error is due."""
-    attend = functools.partial(flash_attention, is_causal=True, enable_gqa=True, return_lse=True)
-    q, k, v = make((2, 4, 140, D), "float16", heads=2)
-    if name == "opcheck":
-        for qkv in ((q, k, v), map(bshd, (q, k, v)), (x.clone().requires_grad_() for x in (q, k, v))):
-            opcheck(*qkv)
-    elif name == "gradcheck":
-        qkv = [x.requires_grad_() for x in make((1, 2, 3, 8), "float32", 5, 1)]
-        assert torch.autograd.gradcheck(attend, qkv, eps=1e-2, atol=1e-2, rtol=1e-2, nondet_tol=0.0, fast_mode=True)
-    elif name == "compile":  # one graph for all lengths, and its gradient
-        counter = torch._dynamo.testing.CompileCounterWithBackend(BACKEND)
-        compiled = torch.compile(lambda *qkv: attend(*qkv), fullgraph=True, dynamic=True, backend=counter)
-        for n in (140, 150, 300):
-            qkv = [x.requires_grad_() for x in make((2, 4, n, D), "float16", heads=2)]
-            (out, lse), loss = compiled(*qkv), lambda out, lse: out.square().sum() + lse.sum()
-            compare(out, *qkv, is_causal=True, lse=lse)
-            expected = torch.autograd.grad(loss(*attend(*qkv)), qkv)
-            torch.testing.assert_close(torch.autograd.grad(loss(out, lse), qkv), expected, atol=2e-3, rtol=2e-3)
-        assert counter.frame_count == 1, f"{counter.frame_count} graphs"
-    elif name == "sdpa":  # its flash backend, on a CPU what it would call
-        qkv = [x.requires_grad_() for x in make((2, 4, 140, D), "float16")]
-        registered = flash_attn._Registered("CUDA" if GPU else "CPU")
-        try:
-            if GPU:
-                with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-                    out = F.scaled_dot_product_attention(*qkv, is_causal=True, scale=0.1)
-            else:
-                out = torch.ops.aten._scaled_dot_product_flash_attention(*qkv, 0.0, True, scale=0.1)[0]
-            found = torch.autograd.grad(out.square().sum(), qkv)
-        finally:
-            registered.remove()
-        expected = torch.autograd.grad(flash_attention(*qkv, is_causal=True, scale=0.1).square().sum(), qkv)
-        compare(out, *qkv, 0.1, is_causal=True)
-        assert all(map(torch.equal, found, expected)), "other kernels than ours"
-        listed = getattr(torch.nn.attention, "list_flash_attention_impls", lambda: ["helion"])  # older torch has no list
-        assert "helion" in listed()
-    elif name == "export":
-        module = torch.nn.Module()
-        module.forward = attend
-        length = torch.export.Dim("length", min=2, max=4096)
-        program = torch.export.export(module, (q, k, v), dynamic_shapes=[{2: length}] * 3)
-        q, k, v = make((2, 4, 200, D), "float16", heads=2)
-        compare(program.module()(q, k, v)[0], q, k, v, is_causal=True)
-    elif name == "autocast":
-        q, k, v = (x.float() for x in (q, k, v))
-        expected = attend(q.bfloat16(), k.bfloat16(), v.bfloat16())[0]
-        with torch.autocast(DEVICE, torch.bfloat16):
-            assert torch.equal(attend(q, k, v)[0], expected)
-            for wrong in (q.double(), [1.0]):
-                with raises(TypeError, "^q"):
-                    attend(wrong, k, v)
-    elif name == "errors":
-        with raises(RuntimeError, "vmap.*fold"):
-            torch.vmap(lambda q: flash_attention(q, q, q))(torch.stack([q, q]))
-        with torch.autograd.forward_ad.dual_level(), raises(RuntimeError, "forward-mode"):
-            attend(torch.autograd.forward_ad.make_dual(q, q), k, v)
-        (dq,) = torch.autograd.grad(attend(q.requires_grad_(), k, v)[0].square().sum(), q, create_graph=True)
-        with raises(RuntimeError, "once_differentiable"):
-            dq.sum().backward()
-    return "as documented"
-
-
-def training(how):
-    """Two layers of a decoder, GQA and causal, learn random tokens in 50 steps; half of them with activation
-    checkpointing. At each step the gradient of every weight is SDPA's from the same weights, to 0.1%.
-    The losses are close to those of another training, with SDPA: to 5% of the first one, since small
-    differences grow. Then tokens one at a time, with a cache, have the logits that they have together.
-    """
-    from torch.utils.checkpoint import checkpoint
-
-    H, Hk, C, S, steps = 2, 1, 64, 40, 50
-    tokens = torch.randint(50, (1, S + 1), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    sdpa = functools.partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
-    ours = functools.partial(flash_attention, is_causal=True, enable_gqa=True)
-    cached = functools.partial(flash_attention, is_causal=CAUSAL["lower_right"], enable_gqa=True)
-
-    def block(attend, x, cache, *weights):
-        q, k, v = ((F.rms_norm(x, (C,)) @ w).unflatten(-1, (-1, 16)).transpose(1, 2) for w in weights[:3])
-        if cache is not None:
-            k, v = cache[:] = [torch.cat(x, 2) for x in zip(*[cache] * bool(cache), (k, v))]
-        return x + attend(q, k, v).transpose(1, 2).flatten(2) @ weights[3]
-
-    def logits(attend, embed, layers, tokens, caches=(None, None), keep=False, run=block):
-        x = embed[tokens]
-        for weights, cache in zip(layers, caches):
-            call = functools.partial(checkpoint, run, use_reentrant=False) if keep else run
-            x = call(attend, x, cache, *weights)
-        return x @ embed.T
-
-    def train(attend, run=block, other=None):
-        torch.manual_seed(0)
-        weight = lambda *shape: torch.nn.Parameter((torch.randn(*shape) * shape[0] ** -0.5).to(DEVICE))
-        embed = weight(50, C)
-        layers = [[weight(C, n * 16) for n in (H, Hk, Hk)] + [weight(H * 16, C)] for _ in range(2)]
-        parameters, losses = [embed, *sum(layers, [])], []
-        optimizer = torch.optim.Adam(parameters, lr=3e-3)
-        for step in range(steps):
-
-            def loss(attend, run):
-                found = logits(attend, embed, layers, tokens[:, :-1], keep=step % 2 == 1, run=run)
-                return F.cross_entropy(found.flatten(0, 1), tokens[:, 1:].flatten())
-
-            losses.append(loss(attend, run))
-            optimizer.zero_grad()
-            losses[-1].backward()
-            expected = torch.autograd.grad(loss(other, block), parameters) if other else ()
-            for i, y in enumerate(expected):
-                error = ((parameters[i].grad - y).abs().max() / y.abs().max()).item()
-                assert error < 1e-3, f"step {step}, weight {i}: relative error {error:.1e} of its gradient"
-            optimizer.step()
-        return torch.stack(losses).detach(), embed, layers
-
-    run = torch.compile(block, fullgraph=True, backend=BACKEND) if how == "compile" else block
-    (losses, embed, layers), (expected, *_) = train(ours, run, sdpa), train(sdpa)
-    drift = (losses - expected).abs().max() / losses[0]
-    assert drift < 0.05 and losses[-1] < losses[0] / 2, (drift, losses[-1])
-    with torch.no_grad():
-        caches, ends = ([], []), (0, 30, *range(31, S + 1))
-        parts = [logits(cached, embed, layers, tokens[:, a:b], caches) for a, b in zip(ends, ends[1:])]
-        torch.testing.assert_close(torch.cat(parts, 1), logits(sdpa, embed, layers, tokens[:, :S]), atol=1e-3, rtol=1e-3)
-    return f"loss {losses[0]:.3f} to {losses[-1]:.3f}, at most {drift:.1e} of the first one from SDPA's"
-
-
-def readme_blocks():
-    return re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
-
-
-def readme(text):
-    """What the README's Python block with this text in it defines: its recipes are what is checked."""
-    defined, randn = {}, torch.randn
-    small = lambda *shape, device=None, **options: randn(*(min(n, 40) for n in shape), device=DEVICE, **options)
-    with contextlib.nullcontext() if GPU else mock.patch("torch.randn", small):
-        exec(next(block for block in readme_blocks() if text in block), defined)
-    return defined
-
-
-def readme_block(i):
-    """Each Python block of the README runs; without a GPU, with small tensors."""
-    block = readme_blocks()[i]
-    compile(block, "README.md", "exec")
-    if "transformers" in block and importlib.util.find_spec("transformers") is None:
-        raise Skipped("transformers is not installed")
-    return f"defines {', '.join(name for name in readme(block) if name[0] != '_')}"
-
-
-def split_keys(config):
-    """The README's merge of results over parts of the keys, by their lse, is attention over all of them."""
-    q, k, v = make((1, 2, 130, D), keys=400)
-    parts = [(k[:, :, a:b], v[:, :, a:b]) for a, b in ((0, 150), (150, 151), (151, 400))]
-    found = [flash_attention(q, *part, return_lse=True, config=NAMED[config]) for part in parts]
-    out, lse = readme("def merge")["merge"](*zip(*found))
-    return compare(out.to(q.dtype), q, k, v, lse=lse)
-
-
-def transformers_model():
-    """A small random Llama with the README's recipe, prefill and cached decoding, against its own sdpa."""
-    if importlib.util.find_spec("transformers") is None:
-        raise Skipped("transformers is not installed")
-    import transformers
-
-    readme("AttentionInterface")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=99, hidden_size=256, intermediate_size=128, num_hidden_layers=2,
-                                      num_attention_heads=4, num_key_value_heads=2, head_dim=64)  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).to(DEVICE).eval()
-    tokens = torch.randint(99, (2, 150), device=DEVICE)
-    padded = torch.ones_like(tokens).index_fill(1, torch.arange(9, device=DEVICE), 0)
-    found = {}
-    for name in ("sdpa", "helion"):
-        model.set_attn_implementation(name)
-        logits, cache = [], None
-        with torch.no_grad():
-            for part in tokens.split([140, 9, 1], 1):
-                step = model(part, past_key_values=cache, use_cache=True)
-                logits, cache = [*logits, step.logits], step.past_key_values
-            masked = model(tokens, attention_mask=padded).logits[:, 9:]
-        found[name] = torch.cat([*logits, masked], 1)
-    torch.testing.assert_close(found["helion"], found["sdpa"], atol=1e-4, rtol=1e-4)
-    return f"logits differ by at most {(found['helion'] - found['sdpa']).abs().max():.1e}"
-
-
-# ---- Nothing is silently wrong around the kernels -----------------------------------------------
-
-
-def rows(*numbers, dim=8, dtype=torch.float32):
-    """[1, 1, S, dim]: each row repeats one number."""
-    x = torch.tensor(numbers, dtype=dtype, device=DEVICE)
-    return x[None, None, :, None].repeat(1, 1, 1, dim)
-
-
-def zeros(n, dim=8, dtype=torch.float32):
-    return rows(*[0] * n, dim=dim, dtype=dtype)
-
-
-def holds(x, *numbers):
-    """x is rows(*numbers), also as [B, S, H, D]."""
-    found, expected = x.detach().float().flatten(0, 2), rows(*numbers, dim=x.size(3))[0, 0]
-    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
-
-
-def sdpa_lower_right(how):
-    """SDPA with causal_lower_right and our flash backend, M != N: forward and backward. A CPU has
-    only the operator that SDPA calls for it."""
-    from torch.nn.attention.bias import causal_lower_right
-
-    attend = lambda q, k, v, bias: F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    if not GPU:
-        operator = torch.ops.aten._scaled_dot_product_flash_attention
-        attend = lambda q, k, v, bias: operator(q, k, v, 0.0, True)[0]
-    compiled = torch.compile(attend, backend=BACKEND) if how == "compile" else attend
-    half = dict(dtype=torch.float16)
-
-    def run(q, k, v):
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return compiled(q, k, v, causal_lower_right(q.size(2), k.size(2)))
-
-    registered = flash_attn._Registered("CUDA" if GPU else "CPU")
-    try:
-        v = rows(1, 3, **half).requires_grad_()
-        out = run(zeros(1, **half), zeros(2, **half), v)
-        holds(out, 2.0)
-        holds(torch.autograd.grad(out.sum(), v)[0], 0.5, 0.5)
-        q, k, v = (x.requires_grad_() for x in make((1, 2, 70, 64), "float16", 100))
-        out, lower_right = run(q, k, v), CAUSAL["lower_right"]
-        found = torch.autograd.grad(out.square().sum(), (q, k, v))
-    finally:
-        registered.remove()
-    ours = flash_attention(q, k, v, is_causal=lower_right)
-    expected = torch.autograd.grad(ours.square().sum(), (q, k, v))
-    torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
-    return compare(out, q, k, v, is_causal=lower_right)
-
-
-def dispatch_modes(name):
-    """While a TorchDispatchMode is active there is one operator, also after an equal call."""
-    from torch.fx.experimental.proxy_tensor import make_fx
-    from torch.utils import checkpoint as ckpt
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils.flop_counter import FlopCounterMode
-
-    q, k, v = make((1, 2, 64, 32), "float32")
-    flops = 4 * 2 * 64 * 64 * 32
-    attend = lambda q, k, v: flash_attention(q, k, v, enable_gqa=True)
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    out = attend(*leaves)  # is kept
-    expected = torch.autograd.grad(out.sum(), leaves, retain_graph=True)
-    if name == "make_fx":
-
-        def step(*qkv):
-            qkv = [x.detach().requires_grad_() for x in qkv]
-            return torch.autograd.grad(attend(*qkv).sum(), qkv)
-
-        for function, right, ours in ((attend, out, ["forward"]), (step, expected, ["forward", "backward"])):
-            graph = make_fx(function)(q, k, v)
-            targets = [str(node.target) for node in graph.graph.nodes]
-            assert [x for x in targets if "flash" in x] == [f"flash_attn.{x}.default" for x in ours], targets
-            assert not any("empty" in x for x in targets), targets
-            torch.testing.assert_close(graph(q, k, v), right)
-    elif name == "flops":
-        with FlopCounterMode(display=False) as forward:
-            attend(q, k, v)
-            attend(q, k[:, :1], v[:, :1])
-        with FlopCounterMode(display=False) as backward:  # of a call before it
-            torch.testing.assert_close(torch.autograd.grad(out.sum(), leaves), expected)
-        with FlopCounterMode(display=False) as both:
-            attend(*leaves).sum().backward()
-        found = [mode.get_total_flops() / flops for mode in (forward, backward, both)]
-        assert flops == 1048576 and found == [2, 2.5, 3.5], found
-    elif name == "selective":  # a policy that saves the output: it is not computed again
-        for saved, products in ((True, 3.5), (False, 4.5)):
-            policy = lambda ctx, op, *_, **__: saved and op is torch.ops.flash_attn.forward.default
-            contexts = functools.partial(ckpt.create_selective_checkpoint_contexts, policy)
-            with FlopCounterMode(display=False) as mode:
-                found = ckpt.checkpoint(attend, *leaves, use_reentrant=False, context_fn=contexts)
-                torch.testing.assert_close(torch.autograd.grad(found.sum(), leaves), expected)
-            assert mode.get_total_flops() == products * flops, mode.get_total_flops() / flops
-    elif name == "logging":
-        seen = []
-
-        class Logging(TorchDispatchMode):
-            def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-                seen.append(str(op))
-                return op(*args, **kwargs or {})
-
-        with Logging():
-            found = attend(q, k, v)
-            with raises(ValueError, "config must be None under"):
-                flash_attention(q, k, v, config=NAMED["general"])
-        torch.testing.assert_close(found, out)
-        assert seen == ["flash_attn.forward.default"], seen
-    return "one operator"
-
-
-def unseen_by_all():
-    """The README's merge for a row that no part sees: 0 and -inf, and a gradient that is not NaN."""
-    merge = readme("def merge")["merge"]
-    leaves = [x.requires_grad_() for x in (zeros(2), zeros(1), rows(1))]
-    out, lse = flash_attention(*leaves, is_causal=CAUSAL["lower_right"], return_lse=True)
-    for parts in (1, 2):
-        found, found_lse = merge([out] * parts, [lse] * parts)
-        holds(found, 0, 1)
-        torch.testing.assert_close(found_lse, lse + math.log(parts))
-        loss = found.sum() + found_lse[..., 1:].sum()
-        grads = torch.autograd.grad(loss, leaves, retain_graph=True)
-        assert all(x.isfinite().all() for x in grads), grads
-        holds(grads[2], 1)
-    nan = merge([out, out], [lse, lse * math.nan])[0]
-    assert nan.isnan().all(), "merge hides a NaN"
-    return "0 and -inf"
-
-
-def nothing_is_kept(config):
-    """After a call and its gradient no tensor of the caller, and no result, is reachable."""
-    wide, options = config == "wide", {} if config == "wide" else dict(config=NAMED[config])
-    forget()
-    q, k, v = make((2, 1, 16, 16) if wide else (1, 2, 128, 64))
-    if wide:  # on a CPU only what is touched takes memory
-        storage = torch.UntypedStorage(2 * (2**31 + 256), device=DEVICE)
-        q = q.new_empty(0).set_(storage, 0, q.shape, (2**31, 256, 16, 1)).copy_(q)
-        del storage
-    tensors = [q, k, v, flash_attention(q, k, v, **options)]
-    if config not in (*configs.CONFIGS, "blackwell"):
-        leaves = [x.requires_grad_() for x in (q, k, v)]
-        out = flash_attention(*leaves, **options)
-        do = torch.ones_like(out)
-        tensors += [out, do, *torch.autograd.grad(out, leaves, do)]
-        del leaves, out, do
-    places, count = {x.untyped_storage().data_ptr() for x in tensors}, len(tensors)
-    del q, k, v, tensors
-    gc.collect()
-    here = [x for x in gc.get_objects() if type(x) is torch.Tensor and x.device.type == DEVICE]
-    held = [tuple(x.shape) for x in here if x.untyped_storage().data_ptr() in places]
-    assert not held, f"{len(held)} tensors are kept: {held}"
-    return f"{count} tensors are free"
-
-
-def clear_errors():
-    """Where flash_attention cannot run, one sentence says what to do instead."""
-    q, k, v = make((2, 2, 8, 16), "float32")
-    attend = lambda q: flash_attention(q, k, v)
-    with raises(RuntimeError, r"torch\.func.*torch\.autograd\.grad"):
-        torch.func.grad(lambda q: attend(q).sum())(q)
-    with raises(RuntimeError, r"torch\.func.*torch\.autograd\.grad"):
-        torch.func.vjp(attend, q)
-    with raises(RuntimeError, r"torch\.jit\.trace.*torch\.export"):
-        torch.jit.trace(attend, (q,))
-    parts = [x[:, : 8 - i].transpose(0, 1) for i, x in enumerate(q)]  # [S, H, D]
-    jagged = torch.nested.nested_tensor(parts, layout=torch.jagged).transpose(1, 2)
-    strided = torch.nested.nested_tensor([x.transpose(0, 1) for x in parts])
-    for x in (jagged, strided):
-        with raises(ValueError, "q must not be nested: pad it, or call once for each of q.unbind"):
-            flash_attention(x, x, x)
-        with raises(ValueError, "k must not be nested"):
-            flash_attention(q, x, x)
-    return "as documented"
-
-
-# ---- In models of transformers ----------------------------------------------------------------------
-
-
-def transformers_or_skip():
-    if importlib.util.find_spec("transformers") is None:
-        raise Skipped("transformers is not installed")
-    import transformers
-
-    return transformers
-
-
-def recipe_values():
-    """The README's recipe by hand: a keyword that changes the result does so, or is refused."""
-    transformers_or_skip()
-    attend = readme("AttentionInterface")["helion_attention"]
-    decoder, encoder, unknown = (torch.nn.Identity() for _ in range(3))
-    decoder.is_causal, encoder.is_causal = True, False
-    mask = torch.tensor([[[[True, False]]]], device=DEVICE)
-    additive = torch.zeros(1, 1, 1, 2, device=DEVICE).masked_fill(~mask, -math.inf)
-    bias, sink = additive.masked_fill(~mask, math.log(3)), torch.zeros(1, device=DEVICE)
-
-    def right(numbers, values, queries=1, mask=None, module=decoder, dim=8, dim_v=8, **options):
-        v = rows(*values, dim=dim_v)
-        q, k = zeros(queries, dim), zeros(len(values), dim)
-        out, weights = attend(module, q, k, v, mask, **options)
-        holds(out, *numbers)
-        assert weights is None and out.shape == (1, queries, 1, dim_v) and out.is_contiguous()
-
-    no_effect = dict(scaling=0.1, softcap=None, output_attentions=False, dropout=0.0,
-                     sliding_window=None, position_ids=sink)  # fmt: skip
-    for options in ({}, no_effect):
-        right((1, 2), (1, 3, 0, 0), 2, **options)  # a static cache that is not full
-        right((1,), (1, 3, 0, 0), **options)  # one query sees all keys
-        right((1, 1), (1, 3, 0, 0), 2, module=encoder, **options)
-        right((1, 1), (1, 3, 0, 0), 2, is_causal=False, **options)
-    right((0.75,), (0, 1), position_bias=bias)
-    right((0,), (0, 1), mask=mask, position_bias=bias)
-    right((0, 0.75), (0, 1), 2, position_bias=bias.expand(1, 1, 2, 2))
-    right((0, 0.5, 1.5, 2.5), (0, 1, 2, 3), 4, sliding_window=2)
-    right((0.5, 1, 2, 2.5), (0, 1, 2, 3), 4, module=encoder, sliding_window=2)
-    right((2.5,), (0, 1, 2, 3), sliding_window=2)
-    for dim, dim_v in ((8, 16), (16, 8), (20, 20), (264, 264)):
-        right((1, 2), (1, 3), 2, dim=dim, dim_v=dim_v)
-    for sinks in (dict(s_aux=sink), dict(sinks=sink[None, None, None])):
-        right((0.5,), (1,), **sinks)
-        right((0.5, 2 / 3, 0.75), (1, 1, 1), 3, **sinks)
-        right((0.5, 2 / 3, 0.75), (1, 1, 1), 3, dim_v=16, **sinks)
-        right((0.5, 2 / 3, 2 / 3), (1, 1, 1), 3, sliding_window=2, **sinks)
-        right((0.5,), (1, 5), mask=mask, **sinks)
-        right((0.5,), (1, 5), mask=additive, **sinks)
-        right((0.6,), (0, 1), position_bias=bias, **sinks)
-    refused = dict(softcap=1.0, output_attentions=True, cu_seq_lens_q=torch.arange(3), indices=mask,
-                   block_indices=mask)  # fmt: skip
-    for name, x in refused.items():
-        for some in (None, mask):
-            with raises(ValueError, f"no {name}$"):
-                attend(decoder, zeros(1), zeros(2), zeros(2), some, **{name: x})
-    with raises(AttributeError, "'Identity' .*'is_causal'"):
-        attend(unknown, zeros(2), zeros(2), zeros(2), None)
-    sink.fill_(0.3).requires_grad_()
-    for some in (None, mask[..., :1]):  # the gradient of a sink
-        attend(decoder, zeros(1), zeros(1), rows(1), some, s_aux=sink)[0].sum().backward()
-        (slope,) = torch.autograd.grad(8 * torch.sigmoid(-sink).sum(), sink)
-        torch.testing.assert_close(sink.grad, slope, atol=1e-4, rtol=1e-4)
-        sink.grad = None
-    return f"{', '.join(refused)} are refused, the rest is right"
-
-
-def recipe_compiles():
-    """The recipe is one graph for all lengths but 1, with sinks, and a mask makes it another."""
-    transformers_or_skip()
-    attend, module = readme("AttentionInterface")["helion_attention"], torch.nn.Identity()
-    module.is_causal, module.num_key_value_groups = True, 2
-    options = dict(scaling=0.2, dropout=0.0, sliding_window=None, s_aux=torch.zeros(2, device=DEVICE))
-    call = lambda q, k, v, mask: attend(module, q, k, v, mask, **options)[0]
-    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=BACKEND)
-    for M, N in ((12, 12), (14, 14), (1, 14), (6, 20)):
-        q, k, v = make((1, 2, M, 16), "float32", N, 1)
-        for mask in (None, torch.ones(1, 1, M, N, dtype=torch.bool, device=DEVICE).tril()):
-            found, expected = compiled(q, k, v, mask), call(q, k, v, mask)
-            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    return "one graph"
-
-
-def recipe_keywords():
-    """The recipe knows every keyword that a model of transformers gives its attention function."""
-    folder, calls = Path(transformers_or_skip().__file__).parent, 0
-    recipe = next(block for block in readme_blocks() if "AttentionInterface" in block)
-    known = {"cu_seq_lens_k", "max_length_k", *re.findall(r"\w+", recipe)}  # two come with cu_seq_lens_q
-    for file in folder.glob("models/*/modeling_*.py"):
-        for call in ast.walk(ast.parse(file.read_text())):
-            if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "attention_interface":
-                calls += 1
-                unknown = {keyword.arg for keyword in call.keywords} - known - {None}
-                assert not unknown, f"{file.name}: {unknown}"
-    assert calls > 100, calls
-    return f"{calls} calls"
-
-
-SPECIAL = dict(vocab_size=50, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-ENCODER = dict(SPECIAL, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-SMALL = dict(ENCODER, num_key_value_heads=1, head_dim=16)
-WINDOW = dict(SMALL, sliding_window=8)
-T5 = dict(vocab_size=50, d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0)
-WHISPER = dict(SPECIAL, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-               decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=8,
-               max_source_positions=20, max_target_positions=30, decoder_start_token_id=1)  # fmt: skip
-MODELS = {  # its prefix in transformers, what it is of, and its options
-    "llama": ("Llama", "ForCausalLM", SMALL),
-    "mistral": ("Mistral", "ForCausalLM", WINDOW),
-    "gemma2": ("Gemma2", "ForCausalLM", WINDOW),
-    "gpt_oss": ("GptOss", "ForCausalLM", dict(WINDOW, num_local_experts=2, num_experts_per_tok=1)),
-    "bert": ("Bert", "Model", ENCODER),
-    "t5": ("T5", "ForConditionalGeneration", T5),
-    "whisper": ("Whisper", "ForConditionalGeneration", WHISPER),
-}
-
-
-def small_model(name, **options):
-    """With random weights that are not small: attention is not uniform then."""
-    prefix, suffix, given = MODELS[name]
-    transformers, numbers = transformers_or_skip(), torch.Generator().manual_seed(0)
-    config = getattr(transformers, f"{prefix}Config")(**given, **options)
-    model = getattr(transformers, prefix + suffix)(config).eval()
-    with torch.no_grad():
-        for x in model.parameters():
-            size = 1 if x.dim() == 1 else 2 * x.size(-1) ** -0.5
-            x.copy_(torch.randn(x.shape, generator=numbers) * size)
-    return model.to(DEVICE)
-
-
-def same_as(theirs, model, run, calls):
-    """What run returns with the recipe is what it returns with transformers' own attention. calls: how
-    often flash_attention is called at least; the other calls have a mask or a position_bias."""
-    recipe = readme("AttentionInterface")
-    count = recipe["flash_attention"] = mock.Mock(wraps=flash_attention)
-    found = {}
-    for name in (theirs, "helion"):
-        model.set_attn_implementation(name)
-        found[name] = run(model)
-    torch.testing.assert_close(found["helion"], found[theirs], atol=2e-4, rtol=2e-4)
-    assert count.call_count >= calls, f"{count.call_count} calls of flash_attention, not {calls}"
-    return f"as with {theirs}, {count.call_count} calls of flash_attention"
-
-
-def models(name):
-    """Small random models of transformers: kinds of attention, caches, masks, a step of training."""
-    transformers = transformers_or_skip()
-    tokens = torch.randint(3, 50, (2, 24), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    padded = torch.ones_like(tokens)
-    padded[0, :5] = 0  # at the left
-    positions = torch.arange(24, device=DEVICE)[None]
-
-    def logits(model, ids=tokens, mask=None, **options):
-        out = model(ids, attention_mask=mask, **options)
-        found = (out.logits if "logits" in out else out.last_hidden_state).detach()
-        return found if mask is None or "decoder_input_ids" in options else found[mask.bool()]
-
-    def cached(model, *lengths, **options):
-        cache = transformers.StaticCache(config=model.config, **options) if options else None
-        found, n = [], 0
-        for part in tokens[:, : sum(lengths)].split(lengths, 1):
-            n += part.size(1)
-            seen = None if n == lengths[0] else torch.ones_like(tokens[:, :n])
-            step = model(part, attention_mask=seen, past_key_values=cache, use_cache=True)
-            cache = step.past_key_values
-            found.append(step.logits.detach())
-        return found
-
-    def generated(model, mask=None, **options):
-        mask = torch.ones_like(tokens[:, :9]) if mask is None else mask
-        return model.generate(
-            tokens[:, :9], attention_mask=mask, max_new_tokens=4, min_new_tokens=4, do_sample=False,
-            output_logits=True, return_dict_in_generate=True, disable_compile=True, **options,
-        ).logits  # fmt: skip
-
-    def packed(model):
-        found = logits(model, tokens[:1], position_ids=positions % 12, use_cache=False)
-        parts = tokens[:1].split(12, 1)
-        alone = torch.cat([logits(model, part, use_cache=False) for part in parts], 1)
-        torch.testing.assert_close(found, alone, atol=2e-4, rtol=2e-4)
-        return found
-
-    def step(model):
-        model.zero_grad()
-        model.train()(tokens, labels=tokens).loss.backward()
-        return {name: x.grad.clone() for name, x in model.named_parameters()}
-
-    kind, _, how = name.partition(" ")
-    static = functools.partial(generated, cache_implementation="static")
-    if kind == "llama":
-        run, calls = {
-            "dynamic cache": (lambda model: cached(model, 12, 3, 1), 4),
-            "static cache": (lambda model: cached(model, 12, 1, 1, max_cache_len=20), 2),
-            "generate": (generated, 8),
-            "generate, static cache": (static, 2),
-            "left padding": (lambda model: logits(model, mask=padded), 0),
-            "generate, left padding": (lambda model: generated(model, padded[:, :9]), 0),
-            "packed": (packed, 4),
-            "training": (step, 2),
-        }[how]
-        return same_as("sdpa", small_model(kind), run, calls)
-    if kind == "gpt_oss":  # sinks without a mask, with a window, with padding
-        model = small_model(kind, layer_types=["sliding_attention", "full_attention"])
-        model.set_experts_implementation("eager")
-        some = lambda model: [logits(model), logits(model, tokens[:, :6]), logits(model, mask=padded)]
-        return same_as("eager", model, lambda model: [*some(model), *generated(model)], 5)
-    if kind == "mistral":
-        run = lambda model: [logits(model), logits(model, tokens[:, :6]), *generated(model)]
-        return same_as("sdpa", small_model(kind), run, 2)
-    if kind == "gemma2":
-        with raises(ValueError, "no softcap"):
-            same_as("eager", small_model(kind), logits, calls=0)
-        return same_as("eager", small_model(kind, attn_logit_softcapping=None), logits, 1)
-    if kind == "bert":
-        run = lambda model: [logits(model), logits(model, mask=padded)]
-        return same_as("sdpa", small_model(kind), run, 2)
-    if kind == "t5":  # each of its layers has a position_bias
-        some = functools.partial(logits, decoder_input_ids=tokens[:, :9])
-        run = lambda model: [some(model), some(model, mask=padded), *generated(model)]
-        return same_as("sdpa", small_model(kind), run, 0)
-    sound = torch.randn(2, 8, 40, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    run = functools.partial(logits, ids=sound, decoder_input_ids=tokens[:, :9])
-    with raises(ValueError, "no output_attentions"):
-        same_as("eager", small_model(kind), functools.partial(run, output_attentions=True), 0)
-    return same_as("sdpa", small_model(kind), run, 3)
-
-
-LLAMA = ("dynamic cache", "static cache", "generate", "generate, static cache", "left padding",
-         "generate, left padding", "packed", "training")  # fmt: skip
-
-
-def copied_files(module):
-    """flash_attn.py and configs.py work where they are copied to, a folder or a package, beside a package or
-    a module of others that is called configs, and import nothing else of ours."""
-    script = f"""
-import os
-import sys
-import torch
-{'' if GPU else inspect.getsource(patch_interpreter) + f'import {module}, helion; from unittest import mock; patch_interpreter()'}
-from {module} import flash_attention
-q, k, v = torch.randn(3, 1, 2, 100, 64, device={DEVICE!r}, dtype=torch.float16)
-out, sdpa = flash_attention(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v)
-torch.testing.assert_close(out, sdpa, atol=2e-3, rtol=2e-3)
-ours = [m for m in sys.modules.values() if os.path.dirname(str(getattr(m, "__file__", ""))) == {str(HERE)!r}]
-assert not ours and "check" not in sys.modules and "bench" not in sys.modules, ours
-import configs
-assert configs.THEIRS
-"""
-    with tempfile.TemporaryDirectory() as root:
-        folder, theirs = Path(root, *module.split(".")[:-1]), Path(root, "configs.py")
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in ("flash_attn.py", "configs.py"):
-            shutil.copy(HERE / name, folder)
-        if folder == Path(root):
-            theirs = Path(root, "configs", "__init__.py")
-            theirs.parent.mkdir()
-        else:
-            Path(folder, "use.py").write_text("from .flash_attn import flash_attention")
-            script += "import app.ops.use\n"
-        theirs.write_text("THEIRS = True")
-        Path(root, "caller.py").write_text(script)
-        child = subprocess.run([sys.executable, "caller.py"], cwd=root, capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr.strip()[-500:]
-    return "runs there"
-
-
-# ---- Machine code ----------------------------------------------------------------------------------
-NO_CUTE = importlib.util.find_spec("cutlass") is None
-LOWER_RIGHT = CAUSAL["lower_right"]
-# What flash_attention takes by itself on sm, for head dims, and its gradient; sm_90's is in best_specialised.
-# sm_86 and sm_89 have sm_80's instructions and less shared memory.
-BEST = {89: ((32, 64, 128, 256), (128, 256)), 100: ((32, 64, 128, 256), (128, 256)), 120: ((128,), (128,))}
-VARIANTS = {  # of hopper_kernel: masked or not, online or not; of blackwell_kernel: causal or not, GQA, lengths
-    "hopper": (("bfloat16",), ("float16",), ("bfloat16", LOWER_RIGHT, 1, 4096, 4097), ("float16", True)),
-    "gradient": (("bfloat16",), ("float16", True), ("bfloat16", LOWER_RIGHT, 1, 4096, 4097)),
-    "blackwell": (("bfloat16",), ("bfloat16", True, 4), ("bfloat16", False, 1, 384), ("float16", True)),
-}  # fmt: skip
-
-
-def fits(job, code, spilled=128):
-    """Each kernel fits on an SM and spills no data: a few addresses, at most so many bytes per thread."""
-    assert "error" not in code, (job, code["error"])
-    for kernel in (code, *code["then"]):
-        assert kernel["ctas"] >= 1 and kernel["spilled"] <= spilled, (job, kernel)
-
-
-def compiles(jobs, spilled=128, threads=None):
-    """All of them fit. threads: how many the first kernel of each has."""
-    for job, code in zip(jobs, compile_in_child(jobs)):
-        fits(job, code, spilled)
-        assert threads in (None, code["threads"]), (job, code)
-    return f"{len(jobs)} of them fit, none spills data"
-
-
-def best_config(sm):
-    dims, of_gradient = BEST[sm]
-    return compiles([*((None, sm, dim) for dim in dims), *(("gradient", sm, dim) for dim in of_gradient)])
-
-
-def report_config(sm):
-    """The report's configs compile; how much they spill is in the README."""
-    return compiles([(config, sm) for config in configs.CONFIGS.values()], math.inf)
-
-
-def hopper_variants(name):
-    """hopper_kernel is specialised, 12 warps."""
-    return compiles([(NAMED[name], 90, dim_of(name), *case) for case in VARIANTS["hopper"]], threads=384)
-
-
-def best_specialised(head_dim):
-    """On sm_90, with a Triton of configs.SPECIALISED: the forward is specialised, also where lse is exact; of the
-    gradient's kernels dkdv_kernel up to D = 128, and hopper_dq_kernel."""
-    general = configs.hopper_general(head_dim), 90, head_dim
-    many, few = (None, 90, head_dim), (None, 90, head_dim, "bfloat16", False, 1, 200, 4096)  # queries; many keys
-    of_gradient = [("gradient", 90, head_dim, *case) for case in VARIANTS["gradient"]]
-    jobs = [general, *of_gradient] if head_dim > 64 else [general, many, few, *of_gradient]
-    codes, threads = dict(zip(jobs, compile_in_child(jobs))), {64: [384, 384], 128: [384, 256], 256: [256, 256, 256]}[head_dim]
-    for job, code in codes.items():
-        fits(job, code)
-    for code in map(codes.get, of_gradient):
-        assert code["threads"] == 384 and [x["threads"] for x in code["then"]][-len(threads) :] == threads, code
-    if head_dim == 64:  # HOPPER_64, and HOPPER, which takes more shared memory
-        assert codes[many]["shared"] < codes[few]["shared"], ("the same tiles for both", codes[many], codes[few])
-    return f"{len(codes)} of them fit, none spills data"
-
-
-def blackwell_compiles(head_dim):
-    """Helion's cute backend recognises blackwell_kernel: causal or not, GQA, where 256 does not divide the length.
-    With another order of programs it does not: an error instead of a slow kernel."""
+            with mock.patch.dict(os.environ, TRITON_INTERPRET="0"):
+                codes.append(CHILDREN[job[1]].submit(machine_code, *job).result())
+        except Exception as error:
+            codes.append({"error": f"{type(error).__name__}: {reason(error)}"})
+            if isinstance(error, concurrent.futures.BrokenExecutor):  # the compiler crashed
+                end_child()
+    return codes
+
+
+def code(name, i):
+    """Each kernel of a job of CODE fits on an SM and spills no data: a few addresses, at most so
+    many bytes per thread. first, last: the threads of the first and the last kernels."""
+    _, spilled, first, last, *jobs = CODE[i]
+    if name == "blackwell_compiles" and NO_CUTE:
+        raise Skipped("needs helion[cute]")
+    codes = compile_in_child([(NAMED.get(config, config), *job) for config, *job in jobs])
+    for job, code in zip(jobs, codes):
+        assert "error" not in code, (job, code["error"])
+        for kernel in (code, *code["then"]):
+            assert kernel["ctas"] >= 1 and kernel["spilled"] <= spilled, (job, kernel)
+        threads = [kernel["threads"] for kernel in (code, *code["then"])]
+        assert first in (None, threads[0]), (job, threads)
+        assert threads[len(threads) - len(last) :] == list(last), (job, threads)
+    return f"{len(jobs)} jobs, all fit: {jobs[0]}, ..."
+
+
+def refused_code():
+    """HOPPER_64 runs for many queries; HOPPER, which takes more shared memory, for few. With
+    another order of programs the cute backend refuses the loop: an error, no slow kernel."""
+    few = "bfloat16", False, 1, 200, 4096
+    many, few = compile_in_child([(None, 90, 64), (None, 90, 64, *few)])
+    assert many["shared"] < few["shared"], ("the same tiles for both", many, few)
     if NO_CUTE:
         raise Skipped("needs helion[cute]")
-    line = compiles([(configs.BLACKWELL_CUTE, 100, head_dim, *case) for case in VARIANTS["blackwell"]], spilled=16)
-    plan = configs.Plan("blackwell", 128, 128, helion.Config(**configs.BLACKWELL_CUTE.config.config | {"l2_groupings": [4]}))
-    code = compile_in_child([(plan, 100, head_dim)])[0]
+    plan = configs.BLACKWELL_CUTE
+    other = helion.Config(**{**plan.config.config, "l2_groupings": [4]})
+    (code,) = compile_in_child([(dataclasses.replace(plan, config=other), 100, 64)])
     assert "did not recognise blackwell_kernel" in code.get("error", ""), code
-    return line
+    return "as documented"
 
 
-def blackwell(dim, dtype):
-    """blackwell_kernel and its lse; without a GPU as Triton code, which scales q in q's dtype."""
+NO_CUTE = importlib.util.find_spec("cutlass") is None
+
+
+def blackwell_loop(dim, dtype):
+    """The loop for Blackwell and its lse, without a GPU as Triton code. What it does not take,
+    forward_kernel computes."""
     if GPU and (NO_CUTE or torch.cuda.get_device_capability()[0] != 10):
         raise Skipped("needs helion[cute] and a GPU of compute capability 10.x, or none")
+    flash_attn.LAUNCHES.clear()
+    attend = functools.partial(flash_attention, config=configs.BLACKWELL_CUTE)
     for length, heads, is_causal in ((256, 4, False), (384, 1, True)):
         q, k, v = make((1, 4, length, dim), dtype, heads=heads)
-        options = dict(config=NAMED["blackwell"], is_causal=is_causal, enable_gqa=True)
-        kernels, (out, lse) = bound(flash_attention, q, k, v, return_lse=True, **options)
-        assert kernels == {"_blackwell_kernel"}, kernels
+        options = dict(is_causal=is_causal, enable_gqa=True)
+        out, lse = attend(q, k, v, return_lse=True, **options)
         line = compare(out, q, k, v, is_causal=is_causal, lse=lse, atol=2e-2)
-        assert torch.equal(flash_attention(q, k, v, **options), out)
+        assert torch.equal(attend(q, k, v, **options), out) and not kernels(), kernels()
+    q, k, v = make((1, 2, 256, dim), dtype)
+    apart = torch.cat([q, q], -1)[..., :dim]
+    for qkv, scale in (
+        ((q[:, :, :129], k, v), None), ((q, k[:, :, :128], v[:, :, :128]), None), ((q, k, v), 0.1),
+        ((apart, k, v), None), ([x.float() for x in (q, k, v)], None),
+        ([x[..., :32] for x in (q, k, v)], None),
+    ):  # fmt: skip
+        flash_attn.LAUNCHES.clear()
+        compare(attend(*qkv, scale=scale), *qkv, scale)
+        assert kernels() == {"forward_kernel"}, kernels()
     return line
 
 
-def blackwell_leaves():
-    """What blackwell_kernel does not take, general_kernel computes."""
-    if GPU and torch.cuda.get_device_capability()[0] != 10:
-        raise Skipped("needs a GPU of compute capability 10.x, or none")
-    forget()
-    q, k, v = make((1, 2, 256, 64))
-    apart = torch.cat([q, q], -1)[..., :64]
-    for qkv, options in (((q[:, :, :129], k, v), {}), ((q, k[:, :, :128], v[:, :, :128]), {}), ((q, k, v), {"scale": 0.1}),
-                         ((apart, k, v), {}), (make((1, 2, 256, 64), "float32"), {}), (make((1, 2, 128, 32)), {})):  # fmt: skip
-        kernels, out = bound(flash_attention, *qkv, **options, config=NAMED["blackwell"])
-        assert "_blackwell_kernel" not in kernels, "it was taken"
-        line = compare(out, *qkv, **options)
-    return line
+# ---- 8. The runner -------------------------------------------------------------------------------
+RIGHT, WRONG = "<= last_key[:, None]", "<= last_key[:, None] + 1"
 
 
-# ---- All of them -----------------------------------------------------------------------------------
+def mutation():
+    """In a copy of flash_attn.py the causal mask is off by one: the cases above catch it."""
+    caught, text = [], (HERE / "flash_attn.py").read_text()
+    assert text.count(RIGHT) > 0, f"flash_attn.py has no {RIGHT!r}"
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(HERE / "configs.py", folder)
+        Path(folder, "mutant.py").write_text(text.replace(RIGHT, WRONG))
+        spec = importlib.util.spec_from_file_location("mutant", Path(folder, "mutant.py"))
+        mutant = sys.modules["mutant"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(mutant)
+        with mock.patch.dict(globals(), flash_attention=mutant.flash_attention):
+            for mask, shape in itertools.product(MASKS, MASKED[:2]):
+                try:
+                    forward("default", "bfloat16", D, mask, "bhsd", *shape)
+                except AssertionError as error:
+                    caught.append(f"forward {mask} {shape}: {str(error).splitlines()[0]}")
+    assert caught, f"nothing caught {WRONG!r} in place of {RIGHT!r}"
+    return f"{WRONG!r} in place of {RIGHT!r} is caught {len(caught)} times, first by {caught[0]}"
 
 
 def cases(draws):
-    """[(function, arguments)], grouped so that one worker process compiles a group's kernel once.
-    draws: how many random heads `search` tries for each config and dtype."""
-    plans = ("hopper", "general", "default") if GPU else ("hopper", "default")  # which is general's without a GPU
-    of_dims = [name for name in NAMED if name.startswith("hopper_")]
-    of = lambda name: ("bfloat16", "float16") if name in ("hopper", "general") else DTYPES
-    # The slow ones first, so that no worker is left alone with them.
-    for sm in BEST:
-        yield [(best_config, (sm,))]
-    for name in (*of_dims, "hopper"):
-        yield [(hopper_variants, (name,))]
-    for dim in (64, 128, 256):
-        yield [(best_specialised, (dim,))]
-    for dim in (64, 128):
-        yield [(blackwell_compiles, (dim,))]
-    for sm in (90, 100):
-        yield [(report_config, (sm,))]
-    yield [(training, ("eager",))]
-    yield [(training, ("compile",))]
-    for name in ("default", "hopper"):
-        for kind in CAUSAL:
-            for dtype in DTYPES if name == "default" else ("bfloat16",):
-                yield [(gradients, (name, kind, dtype))]
-        for dtype in DTYPES if name == "default" else ("bfloat16",):
-            yield [(hard_gradients, (name, dtype))]
-    for name in ("hopper", "default"):
-        for dtype in of(name):
-            # Only hopper in bfloat16 has edges, without a running maximum.
-            skip = ("mixed", "many_keys", *["edges"] * ((name, dtype) != ("hopper", "bfloat16")))
-            yield [(hard_rows, (name, "many_keys", dtype)), (search, (name, dtype, draws))]
-            yield [(hard_rows, (name, kind, dtype)) for kind in HARD if kind not in skip]
-    for name in (*configs.CONFIGS, *plans):
-        for dtype in of(name):
-            # hopper takes no D = 256, and the report's three configs share a kernel
-            dims = [f"D={dim}" for dim in HEAD_DIMS if not (name == "hopper" and dim == 256 or name in configs.CONFIGS and dim == 32)]
-            yield [(attention, (name, kind, dtype)) for kind in dims if dtype != "float32" or kind != "D=256"]
-            if name in plans:
-                yield [(attention, (name, kind, dtype)) for kind in ("upper_left", "lower_right")]
-                yield [(padded_head_dims, (name, dtype)), (unseen, (name, dtype))]
-        yield [(attention, (name, "lengths", "bfloat16")), (layouts, (name,))]
-    for name in ("hopper_64", "hopper_256"):
-        for dtype in ("bfloat16", "float16"):
-            yield [(attention, (name, kind, dtype)) for kind in ("lengths", "upper_left", "lower_right")]
-            yield [(padded_head_dims, (name, dtype)), (unseen, (name, dtype))]
-        some = ("shifts_in_one_head", "large_values", "lower_level", "upper_level", "many_keys")
-        yield [(hard_rows, (name, kind, "bfloat16")) for kind in some]
-    for name in ("hopper_96", "hopper_192"):  # the same tiles, and heads in two parts
-        yield [(attention, (name, kind, "bfloat16")) for kind in ("lengths", "upper_left", "lower_right")]
-        yield [(attention, (name, "upper_left", "float16")), (unseen, (name, "bfloat16")), (layouts, (name,))]
-        yield [(hard_rows, (name, kind, "bfloat16")) for kind in ("shifts_in_one_head", "large_values")]
-    yield [(special_values, ("tile128",)), (hard_rows, ("tile128", "mixed", "bfloat16"))]
-    for name in plans:
-        yield [(special_values, (name,)), (another_call, (name,)), (split_keys, (name,)), (saved_lse, (name,))]
-        yield [(large_tensor, (name,))]
-    for dim in (64, 128):
-        yield [(blackwell, (dim, dtype)) for dtype in ("bfloat16", "float16")]
-    yield [(blackwell_leaves, ())]
-    for module in ("flash_attn", "app.ops.flash_attn"):
-        yield [(copied_files, (module,))]
-    yield [(bad_input, ())] + [(asked_for, case) for case in (("default", D), ("hopper", 64), ("hopper", 192))]
-    yield [(in_torch, (name,)) for name in ("opcheck", "gradcheck", "compile", "sdpa", "export", "autocast", "errors")]
-    yield [(readme_block, (i,)) for i in range(len(readme_blocks()))] + [(transformers_model, ())]
-    yield [(sdpa_lower_right, (how,)) for how in ("eager", "compile")]
-    yield [(unseen_by_all, ()), (clear_errors, ())]
-    yield [(dispatch_modes, (name,)) for name in ("make_fx", "flops", "selective", "logging")]
-    yield [(nothing_is_kept, (name,)) for name in ("wide", "tile128", *plans)]
-    yield [(recipe_values, ()), (recipe_compiles, ()), (recipe_keywords, ())]
-    yield [(models, (f"llama {how}",)) for how in LLAMA]
-    yield [(models, (name,)) for name in MODELS if name != "llama"]
+    """(group, function, arguments). One worker process runs a group, and compiles its kernels once.
+    draws: how many random heads hard_rows tries for each config and dtype."""
+    for i, row in enumerate(CODE):
+        yield ("code", i), code, (row[0], i)
+    yield "refused", refused_code, ()
+    for group, function, arguments in (
+        ("train", training, ("eager", "compile")),
+        ("copied", copied_files, ("folder", "package", "own_configs")),
+        ("torch", in_torch, ("opcheck", "compile", "export", "autocast")),
+        ("torch", sdpa_backend, ("eager", "compile")),
+        ("torch", tracing, ("make_fx", "flops", "selective")),
+        ("transformers", model, MODELS),
+    ):
+        for argument in arguments:
+            yield group, function, (argument,)
+    for case in (("default", D), ("hopper", 64), ("hopper", 192)):
+        yield "asked for", asked_for, case
+    for function in (bad_input, clear_errors, recipe_values, recipe_compiles):
+        yield "transformers", function, ()
+    for function, table, n in ((gradient, GRADIENT, 4), (forward, FORWARD, 3)):
+        for names, dtypes, *row in table:
+            for name, dtype, shape in itertools.product(names, dtypes, row[n:]):
+                if dtype != "float32" or not name.startswith("hopper"):
+                    group = function, name, dtype, name in REPORT or row[0]
+                    yield group, function, (name, dtype, *row[:n], *shape)
+    for name, dtype in itertools.product(BOTH, HALF):
+        yield (name, dtype), hard_rows, (name, dtype, "search", draws)
+        for kind in HARD:  # only hopper in bfloat16 has edges
+            if kind != "mixed" and (kind != "edges" or (name, dtype) == ("hopper", "bfloat16")):
+                yield (name, dtype), hard_rows, (name, dtype, kind)
+        yield (name, dtype), hard_gradients, (name, dtype)
+    for kind in ("shifts_in_one_head", "large_values", "lower_level", "many_keys"):
+        for name in (*H64, *H256):
+            yield name, hard_rows, (name, "bfloat16", kind)
+    yield "hopper_256", hard_rows, ("hopper_256", "float16", "shifts_in_one_head")
+    yield "tile128", hard_rows, ("tile128", "bfloat16", "mixed")
+    yield "tile128", special_values, ("tile128",)
+    for name in PLANS:
+        for function in (special_values, another_call, new_lengths, split_keys, large_tensor):
+            yield (name, "calls"), function, (name,)
+    for dim, dtype in ((64, "bfloat16"), (128, "float16")):
+        yield dim, blackwell_loop, (dim, dtype)
     if GPU:
-        yield [(threads, ()), (capture, ())]
-        for name in (*configs.CONFIGS, *plans, *of_dims):
-            yield [(same_bits, (name,))]
-        for name in plans:
-            yield [(compiles_nothing, (name,))]
-        for name in (*configs.CONFIGS, "hopper"):
-            yield [(report_shape, (name, *row[0])) for row in PUBLISHED.get(name, PUBLISHED["tile128"])]
+        yield "threads", threads, ()
+        yield "threads", capture, ()
+        for name in (*REPORT, *PLANS, *H64, *H256):
+            yield ("bits", name), same_bits, (name,)
+        for name in (*REPORT, "hopper"):
+            for row in PUBLISHED.get(name, PUBLISHED["tile128"]):
+                yield ("report", name), report_shape, (name, *row[0])
 
 
-def label(case):
-    function, arguments = case
-    return " ".join([function.__name__, *map(str, arguments)])
+def label(function, *arguments):
+    return " ".join(map(str, (function.__name__, *arguments)))
 
 
 def prepare():
     """A worker's start."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else 16 more processes for each
     # It fills new memory with NaN, so that an element that nobody writes shows.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.set_num_threads(1)  # the workers have all the cores already
 
 
 def run(group):
-    """[(label, "ok", "skip" or "FAIL", text)] of one group, in a worker process."""
+    """[(label, "ok", "skip" or "FAIL", seconds, text)] of one group, in a worker process."""
     results = []
-    for case in group:
-        function, arguments = case
-        of_hopper = function is not hopper_variants and any(str(x).startswith("hopper") for x in arguments)
+    for function, arguments in group:
+        begin = time.perf_counter()
+        hopper = function is not code and any(str(x).startswith("hopper") for x in arguments)
         try:
-            if GPU and of_hopper and torch.cuda.get_device_capability()[0] != 9:
+            if GPU and hopper and torch.cuda.get_device_capability()[0] != 9:
                 raise Skipped("needs a GPU of compute capability 9.x, or none")
-            results.append((label(case), "ok", function(*arguments)))
+            outcome, text = "ok", function(*arguments)
         except Skipped as reason:
-            results.append((label(case), "skip", str(reason)))
+            outcome, text = "skip", str(reason)
         except Exception as error:
-            text = str(error).strip()[:600] or traceback.format_exc(limit=-1)
-            results.append((label(case), "FAIL", f"{type(error).__name__}: {text}"))
-        if GPU:  # which has as much memory for all workers
+            outcome, text = "FAIL", f"{type(error).__name__}: {str(error).strip()[:600]}"
+        seconds = time.perf_counter() - begin
+        results.append((label(function, *arguments), outcome, seconds, text))
+        if GPU:  # all workers share its memory
             torch.cuda.empty_cache()
     return results
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-k", metavar="REGEX", default="", help="run only the cases in whose name it is found")
-    parser.add_argument("--search", metavar="N", type=int, default=64 if GPU else 32, help="random heads per config and dtype")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, groups = parser.add_argument, {}
+    add("-k", metavar="REGEX", default="", help="run only the cases in whose name it is found")
+    add("--search", metavar="N", type=int, default=64 if GPU else 32, help="random heads a dtype")
+    add("--list", action="store_true", help="print the cases, and the seconds of the slow ones")
     args = parser.parse_args()
-    groups = [[case for case in group if re.search(args.k, label(case))] for group in cases(args.search)]
-    groups, workers = [group for group in groups if group], min(16, os.cpu_count() or 1)
-    total, count = sum(map(len, groups)), dict.fromkeys(("ok", "FAIL", "skip"), 0)
-    where = torch.cuda.get_device_name() if GPU else "the CPU, in Triton's interpreter: no GPU was found"
-    print(f"Executing on {where}.\n{total} cases in {workers} processes; torch {torch.__version__}, triton "
-          f"{triton.__version__}, helion {importlib.metadata.version('helion')}.", flush=True)  # fmt: skip
+    for group, function, arguments in (*cases(args.search), ("last", mutation, ())):
+        if re.search(args.k, name := label(function, *arguments)):
+            groups.setdefault(group, []).append((function, arguments))
+            if args.list:
+                slow = (f"  # {s} s" for text, s in SECONDS.items() if re.match(text, name))
+                print(name + next(slow, ""))
+    if args.list:
+        return 0
+    total, count = sum(map(len, groups.values())), dict.fromkeys(("ok", "FAIL", "skip"), 0)
+    workers, last = min(16, os.cpu_count() or 1), groups.pop("last", None)
+    where = torch.cuda.get_device_name() if GPU else "a CPU, in Triton's interpreter: no GPU"
+    helion_version = importlib.metadata.version("helion")
+    print(f"Executing on {where}.\n{total} cases in {workers} processes; torch {torch.__version__},"
+          f" triton {triton.__version__}, helion {helion_version}.", flush=True)
     with concurrent.futures.ProcessPoolExecutor(workers, SPAWN, prepare) as pool:
-        jobs = {pool.submit(run, group): group for group in groups}
-        for job in concurrent.futures.as_completed(jobs):
-            died = job.exception() and f"a process died, here or in another case: {job.exception()}"
-            for name, outcome, text in [(label(case), "FAIL", died) for case in jobs[job]] if died else job.result():
-                count[outcome] += 1
-                alone = f"\n     alone: python check.py -k '^{name}$'" if outcome == "FAIL" else ""
-                print(f"{outcome:4s} {name}: {text}{alone}", flush=True)
+
+        def report(groups):
+            jobs = {pool.submit(run, group): group for group in groups}
+            for job in concurrent.futures.as_completed(jobs):
+                died = job.exception() and f"a process died, here or elsewhere: {job.exception()}"
+                dead = [(label(f, *arguments), "FAIL", 0, died) for f, arguments in jobs[job]]
+                for name, outcome, seconds, text in dead if died else job.result():
+                    count[outcome] += 1
+                    print(f"{outcome:4s} {name} [{seconds:.1f} s]: {text}", flush=True)
+                    if outcome == "FAIL":
+                        print(f"     alone: python check.py -k '^{re.escape(name)}$'", flush=True)
+
+        report(groups.values())
+        if last:
+            report([last])
     if not total:
         print(f"{args.k!r} is in no case's name")
     skipped = f", {count['skip']} skipped" if count["skip"] else ""

@@ -1,19 +1,31 @@
-"""Flash attention, forward and backward, in Helion: softmax(q k^T * scale) v without the score matrix.
+"""Flash attention in Helion: softmax(q k^T * scale) v and its gradient, without a score matrix.
 
     from flash_attn import flash_attention
-    out = flash_attention(q, k, v)          # [B, H, S, D] in, [B, H, S, D] out
+    out = flash_attention(q, k, v, is_causal=True)      # q, k, v, out: [B, H, S, D]
 
-Copy this file and configs.py into your project: together they are the whole kernel.
+Copy this file and configs.py side by side into your project: together they are complete.
 
-The algorithm is FlashAttention-2 (Dao, arXiv:2307.08691): one tile of queries walks over the keys
-and keeps the running maximum m_i, the running sum l_i and the unnormalised output acc of its rows.
-The exponentials are in base 2, which is the one that the hardware has.
+A map, from top to bottom:
+    forward_kernel          the textbook loop: any GPU, any strides. Read this one first.
+    hopper_forward_kernel   the same loop in the order that keeps an H100's tensor cores busy.
+    delta, dkdv, dq         the gradient; hopper_dq_kernel for head dims from 40 to 64 on Hopper.
+    report_kernel           the loop of the published report, and of Helion's Blackwell backend.
+    Launching               what is compiled, what is kept.
+    _forward, _backward     allocate, choose, launch.
+    flash_attention         the public function; above it the operators and autograd.
+
+The algorithm is FlashAttention-2 (Dao, arXiv:2307.08691): a tile of queries walks over the keys and
+keeps each row's maximum m_i, sum l_i and unnormalised output acc. The Hopper schedule is that of
+FlashAttention-3 (Shah et al., arXiv:2407.08608). Exponentials are in base 2, the hardware's base.
 """
-import contextlib
+import contextvars
 import functools
 import importlib.util
+import inspect
+import itertools
 import math
 import os
+import re
 import sys
 import threading
 
@@ -23,40 +35,74 @@ from torch.nn.attention.bias import CausalVariant
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
-# configs.py beside this file, whatever else is called configs where the two are copied to. It comes
-# before helion, which it makes importable on older torch.
-_spec = importlib.util.spec_from_file_location(
-    f"{__name__}_configs", os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs.py")
-)
-configs = sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(configs)
+# ---- Compatibility -------------------------------------------------------------------------------
+
+
+def _import_configs():
+    """configs.py beside this file, as a plain import gives it, unless another one is first."""
+    if __package__:
+        return importlib.import_module(".configs", __package__)
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs.py")
+    spec = importlib.util.find_spec("configs")
+    if spec is not None and spec.origin and os.path.realpath(spec.origin) == os.path.realpath(path):
+        return importlib.import_module("configs")
+    spec = importlib.util.spec_from_file_location(f"{__name__}_configs", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+configs = _import_configs()  # before helion, which configs.py makes importable on torch 2.11
 
 import helion
 import helion.language as hl
 import triton
 from helion.language import loops
-from triton.runtime import _allocation
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-LOG2E = 1.4426950408889634  # log2(e): exp(x) = 2^(x log2(e))
+# helion 1.5.1 offers warp specialisation from sm_100 on; Triton has it for sm_90, too. Here helion
+# offers it while a kernel is bound whose Config asks for it. No upstream issue yet: without this,
+# helion refuses `range_warp_specializes` on an H100.
+_binding = threading.local()
+loops._supports_warp_specialize = lambda offers=loops._supports_warp_specialize: (
+    getattr(_binding, "hopper", False) or offers())  # fmt: skip
+
+LOG2E = 1.4426950408889634  # exp(x) = 2^(x LOG2E)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-REDO_ROWS = 512  # how many rows of hopper_kernel one program of general_kernel looks after
+
+# ---- Rules of Triton's warp specialisation on sm_90 (3.6 to 3.9) ---------------------------------
+# The pass gives one warpgroup the loads and each of two others half of the rows of a tile. The
+# kernels refer to these rules by number.
+# 1. A tile is halved by shifting the row of its descriptor. Only a descriptor made in the kernel
+#    can be halved (load_matrix, load_resident); a host's keeps its full box (triton issue 11587).
+# 2. The pass shifts a row value for every use of the value, also after common-subexpression
+#    elimination. If a descriptor and a pointer both used m_block * block_m, the pointer would be
+#    shifted, too: rows of another tile, or NaN. So the kernels write a row a second time as
+#    (m_block + 1) * block_m - block_m, and load_resident adds and subtracts a salt.
+# 3. A load that is not TMA goes to the loading warpgroup, which cannot pass it on (triton pull
+#    11283): load a vector of rows by inline PTX (load_row_vector).
+# 4. No reduction of the raw accumulator behind the loop: scale it first.
+# 5. A second loop, a product q k^T behind the loop, or an `if` on a run-time value in the loop make
+#    the pass fail or, silently, not specialise: 4 warps instead of 12, kilobytes of spills.
+#    torch.where is fine.
+# 6. Two stages, no more: inval_dead_mbarriers knows the barriers of two.
 
 
-# ---- The kernels ---------------------------------------------------------------------------------
-# torch.exp2 and torch.log2 are library calls to Triton, which its warp specialisation does not take.
+# ---- Helpers of the kernels ----------------------------------------------------------------------
 
 
-def scalar(expression, *args):
-    """An int32 by a line of Triton: run-time integers of Helion's own grow into long expressions."""
-    int32 = hl.zeros([], dtype=torch.int32)
-    return hl.inline_triton(f"tl.cast({expression}, tl.int32)", args=args, output_like=int32)
+def int32(expression, *args):
+    """An int32 from a line of Triton: Helion's run-time integers are int64 (5% at D = 64)."""
+    like = hl.zeros([], dtype=torch.int32)
+    return hl.inline_triton(f"tl.cast({expression}, tl.int32)", args=args, output_like=like)
 
 
-def quotient(x, y):
-    """x // y for 0 <= x < 2^20, by float32: an integer division takes some 150 cycles."""
-    return scalar("(({0} + 0.5) * (1.0 / {1})).to(tl.int32)", x, y)
+def fast_div(x, y):
+    """x // y for 0 <= x < 2^20, exact by float32's 24 bits. Integer division takes 150 cycles."""
+    return int32("(({0} + 0.5) * (1.0 / {1})).to(tl.int32)", x, y)
 
 
+# torch.exp2 and torch.log2 become library calls, which warp specialisation does not take.
 def exp2(x):
     return hl.inline_triton("tl.exp2({0})", args=(x,), output_like=x)
 
@@ -66,179 +112,274 @@ def log2(x):
 
 
 def round_to_bf16(p):
-    """p: float32, rounded to the nearest bfloat16 and still float32. Two elements an instruction:
-    `p.to(torch.bfloat16)` would become one conversion each where its result is widened again."""
+    """float32 rounded to the nearest bfloat16, still float32. Two elements an instruction, where
+    p.to(bfloat16) takes one conversion each."""
     return hl.inline_triton(
         "tl.inline_asm_elementwise('{{.reg .b32 t; cvt.rn.bf16x2.f32 t, $3, $2; shl.b32 $0, t, 16;"
-        " and.b32 $1, t, 0xffff0000;}}', '=r,=r,r,r', [{0}], dtype=tl.float32, is_pure=True, pack=2)",
+        " and.b32 $1, t, 0xffff0000;}}', '=r,=r,r,r', [{0}], dtype=tl.float32, is_pure=True,"
+        " pack=2)",
         args=(p,),
         output_like=p,
     )
 
 
-def fresh(x, turn):
-    """x, an int32. In turn 0 of a program: shared memory from where x is used on, by the warps that load.
-    Triton 3.6 and 3.7 initialise mbarriers that nobody uses in the first 16 bytes of shared memory and give
-    the same bytes to the first tile that is loaded, without the mbarrier.inval that PTX asks for in between:
-    once in thousands of launches the barriers come back over the tile, as NaN."""
+def inval_dead_mbarriers(x, this_round):
+    """x, an int32, which must be used. In round 0 of a program thread 0 invalidates two barriers.
+
+    Triton 3.6 and 3.7 place unused mbarriers in the first 16 bytes of shared memory and then load
+    the first tile over them without the mbarrier.inval that PTX asks for. Once in thousands of
+    launches the barriers come back over the tile, as NaN. Triton 3.8 invalidates them itself
+    (triton pull 9592).
+    """
     asm = (
         "{{.reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; or.b32 t, t, $2; setp.eq.u32 p, t, 0;"
-        " @p mbarrier.inval.shared::cta.b64 [global_smem]; @p mbarrier.inval.shared::cta.b64 [global_smem+8];"
+        " @p mbarrier.inval.shared::cta.b64 [global_smem];"
+        " @p mbarrier.inval.shared::cta.b64 [global_smem+8];"
         " @p fence.proxy.async.shared::cta; mov.b32 $0, $1;}}"
     )
     return hl.inline_triton(
-        f"tl.inline_asm_elementwise('{asm}', '=r,r,r', [{{0}}, {{1}}], dtype=tl.int32, is_pure=True, pack=1)",
-        args=(x, turn),
+        f"tl.inline_asm_elementwise('{asm}', '=r,r,r', [{{0}}, {{1}}], dtype=tl.int32,"
+        " is_pure=True, pack=1)",
+        args=(x, this_round),
         output_like=hl.zeros([], dtype=torch.int32),
     )
 
 
-@helion.kernel(static_shapes=True, dot_precision="tf32x3")
-def attention_kernel(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, qk_scale: hl.constexpr
-) -> torch.Tensor:
-    """The report's kernel: the canonical loop on 3-D tiles, dense, compiled for each shape as there.
-
-    q, out: [B * H, M, D]; k, v: [B * H, N, D]; qk_scale: scale * log2(e).
-    """
-    BH, M, D = q.size()
-    N = k.size(1)
-    D = hl.specialize(D)
-    for tile_b, tile_m in hl.tile([BH, M]):
-        m_i = hl.full([tile_b, tile_m], float("-inf"), dtype=torch.float32)
-        l_i = hl.zeros([tile_b, tile_m], dtype=torch.float32)
-        acc = hl.zeros([tile_b, tile_m, D], dtype=torch.float32)
-        q_tile = q[tile_b, tile_m, :]
-        for tile_n in hl.tile(N):
-            k_tile = k[tile_b, tile_n, :]
-            qk = torch.bmm(q_tile, k_tile.transpose(1, 2), torch.float32) * qk_scale
-            m_ij = torch.maximum(m_i, torch.amax(qk, -1))
-            p = torch.exp2(qk - m_ij[:, :, None])
-            alpha = torch.exp2(m_i - m_ij)
-            l_i = l_i * alpha + torch.sum(p, -1)
-            m_i = m_ij
-            acc = acc * alpha[:, :, None]
-            v_tile = v[tile_b, tile_n, :]
-            acc = torch.baddbmm(acc, p.to(v_tile.dtype), v_tile)
-        acc = acc * (1 / l_i)[:, :, None]  # one division a row instead of one an element
-        out[tile_b, tile_m, :] = acc.to(out.dtype)
-    return out
-
-
-def load_matrix(x, rows, columns, stride, row, column, block, block_d):
-    """[block, block_d] from row and column on, by TMA, of a matrix [rows, columns] that begins where x does. The
-    descriptor is made in the kernel: only such a one is halved with its tile."""
+def load_matrix(x, num_rows, num_columns, stride, row, column, block, block_d):
+    """[block, block_d] at (row, column) of a matrix that starts where x does, by TMA (rule 1)."""
     return hl.inline_triton(
         "tl.make_tensor_descriptor({0}, [{1}, {2}], [{3}, 1], [{4}, {5}]).load([{6}, {7}])",
-        args=(x, rows, columns, stride, block, block_d, row, column),
+        args=(x, num_rows, num_columns, stride, block, block_d, row, column),
         output_like=hl.zeros([block, block_d], dtype=x.dtype),
     )
 
 
-def _hopper_kernel(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
-    qk_scale: float, width: int, diagonal: int, programs: int, paired: int, block_m: hl.constexpr,
-    block_n: hl.constexpr, masked: hl.constexpr, online: hl.constexpr, exact_lse: hl.constexpr,
-    E: hl.constexpr, D: hl.constexpr,
-) -> torch.Tensor:  # fmt: skip
-    """Flash attention in the order that keeps Hopper's tensor cores busy, for tensors that TMA reads.
+def load_resident(x, strides, b, h, block_index, salt, head_dim, block, block_d):
+    """Tile `block_index` of x[b, h], which stays in shared memory while the program runs (rule 1).
 
-    The order: an iteration issues the product of the *previous* tile's p and v behind q k^T of this
-    tile, and the exponentials of this tile run while the tensor cores work on it (FlashAttention-3,
-    section 3.2, arXiv:2407.08608). So the first p is 0, and the last p v comes after the loop.
-    The warps (section 3.1): `range_warp_specializes` in the Config makes Triton give one warpgroup
-    the loads, and each of two others half of the rows. Neither waits for the other, so q k^T of one
-    runs under the exponentials of the other.
-    The tiles: program p takes every programs-th of them. paired, where rows see different numbers of
-    keys: it takes tile i from a head's end, then tile i from its start, which cost the same together.
-
-    online: with the running maximum, as FlashAttention does. float16 needs it, whose exponents are few.
-    Otherwise, bfloat16, the maximum is left out, and lse is that of the rounded p, or, where exact_lse asks for
-    a second sum, of p itself. Softmax is the same whatever number is subtracted from a row's scores; here it is
-    -offset, so that the loop has no maximum to find and nothing to rescale. A row whose numbers leave their range
-    gets lse NaN, and general_kernel computes it again.
-    That test is sufficient: with the maximum subtracted, the largest p of a row is 1, and what is
-    below 2^-126 is lost. Here l_i >= visible keys, so the largest p is at least 1, too, and what is
-    lost is no larger beside it, for any v. A p, sum or product beyond 2^128 leaves an inf or NaN in
-    l_i or in acc. In between all is relative: p, exp2's argument and the sums round as they do there.
-
-    q, out: [B, H, M, width]; k, v: [B, Hk, N, width]; lse: [B, H, M], float32, natural logarithm.
-    E, D: a head is read as its first E columns, if any, and the D behind them, powers of two, which TMA fills up
-    with zeros: 192 = 64 + 128.
-    qk_scale: scale * log2(e) > 0. diagonal: row i sees keys up to i + diagonal.
-    masked: more than the last tile of keys has some that a row must not see, or, where D = 256, any, or, where
-    online, any beyond the diagonal. Otherwise they are masked after the loop, where the p of the last tile is
-    multiplied.
+    salt: a value that no other descriptor of the kernel has; it cancels out (rule 2).
     """
-    ln2, lowest = 0.6931471805599453, -3e38  # lowest is finite: -inf - -inf would be NaN
-    offset = 40.0
-    B, H, M, _ = q.size()
+    return hl.inline_triton(
+        "tl.make_tensor_descriptor("
+        "{0} + tl.cast({1}, tl.int64) * {2} + tl.cast({3}, tl.int64) * {4},"
+        " [{5}, {6}], [{7}, 1], [{8}, {9}]).load([({10} + {11}) * {8} - {11} * {8}, 0])",
+        args=(x, inval_dead_mbarriers(b, 0), strides[0], h, strides[1], x.size(2), head_dim,
+              strides[2], block, block_d, block_index, salt),  # fmt: skip
+        output_like=hl.zeros([block, block_d], dtype=x.dtype),
+    )
+
+
+def load_row_vector(x, strides, b, h, block_index, block):
+    """x[b, h, rows] of a tile, float32; beyond x its last row (rule 3)."""
+    rows = torch.clamp(block_index * block + hl.arange(block), max=x.size(2) - 1)
+    return hl.inline_triton(
+        "tl.inline_asm_elementwise('ld.global.f32 $0, [$1];', '=f,l', [({0}"
+        " + tl.cast({1}, tl.int64) * {2} + tl.cast({3}, tl.int64) * {4} + {5}).to(tl.int64)],"
+        " dtype=tl.float32, is_pure=True, pack=1)",
+        args=(x, b, strides[0], h, strides[1], rows),
+        output_like=hl.zeros([block], dtype=torch.float32),
+    )
+
+
+def valid_columns(d, head_dim):
+    """Which columns d, padded to a power of two, a head has. Triton sees a multiple of 8 and loads
+    whole vectors."""
+    return d < int32("{0} // 8 * 8", head_dim)
+
+
+def load_tile(x, b, h, rows, d, head_dim, tma):
+    """x[b, h, rows, d], zeros beyond x."""
+    if tma:
+        return hl.load(x, [b, h, rows, slice(None)])
+    b, h = b.to(rows.dtype), h.to(rows.dtype)  # int32 becomes int64 where tensors are that large
+    rows, d = rows.unsqueeze(1), d.unsqueeze(0)
+    return hl.load(x, [b, h, rows, d], extra_mask=(rows < x.size(2)) & valid_columns(d, head_dim))
+
+
+def store_tile(x, b, h, rows, d, head_dim, value):
+    """x[b, h, rows, d] = value, inside x."""
+    b, h, rows, d = b.to(torch.int64), h.to(torch.int64), rows.unsqueeze(1), d.unsqueeze(0)
+    inside = (rows < x.size(2)) & valid_columns(d, head_dim)
+    hl.store(x, [b, h, rows, d], value.to(x.dtype), extra_mask=inside)
+
+
+def keys_end(m_end, N, diagonal, block_n=1):
+    """Where the keys end that rows below m_end see, rounded up to block_n."""
+    expression = "tl.cdiv(tl.minimum({0}, tl.maximum(0, {1} + {2})), {3}) * {3}"
+    return int32(expression, N, m_end, diagonal, block_n)
+
+
+# ---- The forward ---------------------------------------------------------------------------------
+# To change the mask, change the bounds of the loops over keys (keys_end) and queries (m_start of
+# dkdv_kernel), each torch.where on last_key or distance, and in hopper_forward_kernel the number of
+# visible keys in in_range. Then compare with SDPA's attn_mask at lengths around a tile's size, as
+# check.py does.
+
+
+def _forward_kernel(
+    q: torch.Tensor,  # [B, H, M, head_dim]
+    k: torch.Tensor,  # [B, Hk, N, head_dim]
+    v: torch.Tensor,  # [B, Hk, N, head_dim]
+    out: torch.Tensor,  # [B, H, M, head_dim]
+    lse: torch.Tensor,  # [B, H, M], float32, natural logarithm
+    qk_scale: float,  # scale * log2(e)
+    head_dim: int,
+    diagonal: int,  # row i sees keys up to i + diagonal
+    block_m: hl.constexpr,
+    block_n: hl.constexpr,
+    rows_per_program: hl.constexpr,  # block_m; more for the fix-up
+) -> torch.Tensor:
+    """Flash attention as in the paper, on any GPU, for any strides.
+
+    Fix-up (rows_per_program > block_m): a program reads the lse of its 512 rows, and computes them
+    again only if hopper_forward_kernel left NaN in one of them.
+    """
+    B, H, M, BLOCK_D = q.size()
     Hk, N = k.size(1), k.size(2)
-    # q as one matrix with q's row stride: where b and h begin. TMA takes no more where halves of a tile
-    # go to two warpgroups. Divided here, since Triton does not move a division out of a loop.
+    # Helion compiles for a stand-in of q whose last size is padded to a power of two (Launch):
+    # BLOCK_D is that size. The tensor of a call has head_dim columns; d_valid masks the others.
+    BLOCK_D = hl.specialize(BLOCK_D)
+    ln2 = 0.6931471805599453  # local: Helion makes a run-time argument of a module's constant
+    lowest = -3e38  # below every score, and finite: -inf - -inf would be NaN
+    hl.pdl_wait()  # from sm_90 on a kernel is launched while the one before it still runs
+    for tile_bh, tile_rows in hl.tile([B * H, M], block_size=[1, rows_per_program]):
+        b, h = tile_bh.begin // H, tile_bh.begin % H
+        hk = h // (H // Hk)
+        d = hl.arange(BLOCK_D)[None, :]
+        d_valid = valid_columns(d, head_dim)
+        if rows_per_program > block_m:
+            lse_tile = lse[b, h, tile_rows]
+            is_missing = torch.amax(torch.where(lse_tile == lse_tile, 0, 1))
+            rows_end = tile_rows.begin + is_missing * (tile_rows.end - tile_rows.begin)
+        else:
+            rows_end = tile_rows.end
+
+        for tile_m in hl.tile(tile_rows.begin, rows_end, block_size=block_m):
+            last_key = torch.clamp(tile_m.index + diagonal, max=N - 1)  # the last one a row sees
+            n_end = keys_end(tile_m.begin + block_m, N, diagonal)
+            m_i = hl.full([tile_m], lowest, dtype=torch.float32)
+            l_i = hl.zeros([tile_m], dtype=torch.float32)
+            acc = hl.zeros([tile_m, BLOCK_D], dtype=torch.float32)
+            q_tile = hl.load(q, [b, h, tile_m.index[:, None], d], extra_mask=d_valid)
+            for n in hl.grid(0, n_end, block_n):
+                keys = n + hl.arange(block_n)
+                kv_valid = (keys < N)[:, None] & d_valid
+                # Scores. The scale is applied in float32: on q in bf16 it would round once more.
+                k_tile = hl.load(k, [b, hk, keys[:, None], d], extra_mask=kv_valid)
+                qk = hl.dot(q_tile, k_tile.T, out_dtype=torch.float32) * qk_scale
+                qk = torch.where(keys[None, :] <= last_key[:, None], qk, float("-inf"))
+                # Online softmax.
+                m_ij = torch.maximum(m_i, torch.amax(qk, -1))
+                p = exp2(qk - m_ij[:, None])
+                alpha = exp2(m_i - m_ij)
+                l_i = l_i * alpha + torch.sum(p, -1)
+                m_i = m_ij
+                # Accumulate.
+                v_tile = hl.load(v, [b, hk, keys[:, None], d], extra_mask=kv_valid)
+                acc = hl.dot(p.to(v.dtype), v_tile, acc=acc * alpha[:, None])
+            l_inverse = torch.where(last_key < 0, 0.0, 1 / l_i)  # a row that sees no key is 0
+            lse[b, h, tile_m] = (m_i + log2(l_i)) * ln2
+            out_tile = (acc * l_inverse[:, None]).to(out.dtype)
+            hl.store(out, [b, h, tile_m.index[:, None], d], out_tile, extra_mask=d_valid)
+    return out
+
+
+def _hopper_forward_kernel(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,  # as above
+    lse: torch.Tensor,  # NaN in a row asks for the fix-up
+    qk_scale: float, head_dim: int, diagonal: int,  # as above; qk_scale > 0
+    num_programs: int,  # one per SM
+    paired: int,  # 1: a program takes query tiles in pairs, a long one and a short one
+    block_m: hl.constexpr, block_n: hl.constexpr,
+    masked: hl.constexpr,  # mask every tile; otherwise only the last one, after the loop (_forward)
+    running_max: hl.constexpr,
+    exact_lse: hl.constexpr,  # lse of p, not of the rounded p; the gradient needs it
+) -> torch.Tensor:  # fmt: skip
+    """The same loop in the order that keeps Hopper's tensor cores busy (FlashAttention-3).
+
+    Order (section 3.2): p v of the previous tile is issued behind q k^T of this tile, and the
+    exponentials of this tile run while the tensor cores work on both. The first p is 0; the last
+    p v comes after the loop.
+    Warps (section 3.1): Triton gives one warpgroup the loads, and each of two others half of the
+    rows. Neither waits for the other.
+    Schedule: one program per SM walks over query tiles. With a causal mask the last tile of a head
+    costs most and the first one least, so a program takes them in pairs that cost the same.
+
+    Softmax without a maximum (bf16). Softmax does not change when one number is subtracted from all
+    scores of a row. The usual number is the row's maximum; here it is -offset, so the loop finds no
+    maximum and rescales nothing (7% of the time dense, 19% causal). The result is as exact, unless
+    a number leaves float32's range:
+    1. Too small: p below 2^-126 is lost. l_i >= n for n visible keys means that one p is at least
+       1, as the largest p is with the maximum subtracted: nothing more is lost.
+    2. Too large: a p, a sum or a product beyond 2^128 leaves inf or NaN in l_i or acc.
+    A row that fails a test stores lse = NaN, and the fix-up computes its 512 rows again. fp16's
+    exponent range is too small for this: fp16 takes running_max.
+    """
+    B, H, M, BLOCK_D = q.size()
+    Hk, N = k.size(1), k.size(2)
+    BLOCK_D = hl.specialize(BLOCK_D)  # padded, by TMA with zeros
+    group = H // Hk
+    ln2, lowest = 0.6931471805599453, -3e38
+    offset = 40.0  # bits: a score of 0 has 40 to the lower limit (p = 1) and 88 to the upper one
+    # q as one matrix with q's row stride: head (b, h) starts at row b row_b + h row_h and column
+    # b column_b + h column_h. One descriptor (rule 1) for all heads, made once per program. The
+    # divisions stand here: Triton does not move them out of the loop.
     stride_b, stride_h, stride_m = q.stride(0), q.stride(1), q.stride(2)
     row_b, row_h = stride_b // stride_m, stride_h // stride_m
     column_b, column_h = stride_b % stride_m, stride_h % stride_m
     q_rows = (B - 1) * row_b + (H - 1) * row_h + M
-    q_columns = (B - 1) * column_b + (H - 1) * column_h + width
-    blocks = (M + block_m - 1) // block_m
-    places = (blocks + paired) // (1 + paired)
-    items = B * H * places
-    rounds = (items + programs - 1) // programs * (1 + paired)
-    group = H // Hk
+    q_columns = (B - 1) * column_b + (H - 1) * column_h + head_dim
+    num_m_blocks = (M + block_m - 1) // block_m
+    works_per_head = (num_m_blocks + paired) // (1 + paired)  # a work is a query tile or a pair
+    num_works = B * H * works_per_head
+    num_rounds = (num_works + num_programs - 1) // num_programs * (1 + paired)
     hl.pdl_wait()
-    hl.pdl_launch_dependents()  # general_kernel, which waits
-    for w in hl.grid(rounds * programs):
-        turn = quotient(w, programs)
-        second = scalar("{0} & {1}", turn, paired)
-        item = scalar("({0} >> {1}) * {2} + {3} - {0} * {2}", turn, paired, programs, w)
-        bh = quotient(item, places)
-        place = scalar("{0} - {1} * {2}", item, bh, places)
-        live = scalar("(({0} < {1}) & ({2} * (2 * {3} + 1) != {4})).to(tl.int32)",
-                      item, items, second, place, blocks)  # fmt: skip
-        tile = scalar("{0} + (1 - {1}) * ({2} - 1 - 2 * {0})", place, second, blocks)
-        b = quotient(bh, H)
-        h = scalar("{0} - {1} * {2}", bh, b, H)
-        hk = quotient(h, group)
-        # Triton shifts the row of q's descriptor for the second half of a tile, and with it all that
-        # uses this very value: so the rows of out are counted from the tile's end.
-        rows = (tile + 1) * block_m + (hl.arange(block_m) - block_m)
-        last = torch.clamp(rows + diagonal, max=N - 1)  # the last key that a row sees
-        end = scalar("tl.cdiv(tl.minimum({0}, tl.maximum(0, ({1} + 1) * {2} + {3})), {4}) * {4} * {5}",
-                     N, tile, block_m, diagonal, block_n, live)  # fmt: skip
+    hl.pdl_launch_dependents()  # the fix-up may start; it waits for this kernel's results
+    for w in hl.grid(num_rounds * num_programs):
+        # Which query tile. The first tile of pair i is the i-th from the end, the second one the
+        # i-th from the start: together they cost the same for all i.
+        this_round = fast_div(w, num_programs)
+        is_second = int32("{0} & {1}", this_round, paired)
+        work = int32("({0} >> {1}) * {2} + {3} - {0} * {2}", this_round, paired, num_programs, w)
+        bh = fast_div(work, works_per_head)
+        i = int32("{0} - {1} * {2}", work, bh, works_per_head)
+        m_block = int32("{0} + (1 - {1}) * ({2} - 1 - 2 * {0})", i, is_second, num_m_blocks)
+        # Not valid: no work is left, or the second tile of a pair is the first one, in the middle.
+        is_valid = int32("({0} < {1}) & ({2} * (2 * {3} + 1) != {4})",
+                         work, num_works, is_second, i, num_m_blocks)  # fmt: skip
+        b = fast_div(bh, H)
+        h = int32("{0} - {1} * {2}", bh, b, H)
+        hk = fast_div(h, group)
+        rows = (m_block + 1) * block_m + (hl.arange(block_m) - block_m)  # rule 2
+        last_key = torch.clamp(rows + diagonal, max=N - 1)
+        n_end = keys_end(int32("({0} + 1) * {1}", m_block, block_m), N, diagonal, block_n)
+        n_end = int32("{0} * {1}", n_end, is_valid)
+
         m_i = hl.full([block_m], lowest, dtype=torch.float32)
-        l_i = hl.zeros([block_m], dtype=torch.float32)
-        l_exact = hl.zeros([block_m], dtype=torch.float32)
-        l_tile, exact_tile = hl.zeros([block_m], dtype=torch.float32), hl.zeros([block_m], dtype=torch.float32)
-        acc = hl.zeros([block_m, D], dtype=torch.float32)
-        if E:
-            acc_e = hl.zeros([block_m, E], dtype=torch.float32)
+        l_i = hl.zeros([block_m], dtype=torch.float32)  # sum of the rounded p
+        l_exact = hl.zeros([block_m], dtype=torch.float32)  # sum of p, if exact_lse
+        l_before = hl.zeros([block_m], dtype=torch.float32)  # both without the last tile
+        l_exact_before = hl.zeros([block_m], dtype=torch.float32)
+        acc = hl.zeros([block_m, BLOCK_D], dtype=torch.float32)
         p = hl.zeros([block_m, block_n], dtype=torch.float32)
-        # Rows beyond M are not stored.
-        row = scalar("{0} * {1} + {2} * {3} + {4} * {5}", b, row_b, h, row_h, tile, block_m)
-        column = scalar("{0} * {1} + {2} * {3}", b, column_b, h, column_h)
-        column = fresh(column, turn)
-        q_tile = load_matrix(q, q_rows, q_columns, stride_m, row, column + E, block_m, D)
-        if E:  # by a row of its own: one value that two descriptors use would be shifted twice
-            row = scalar("{0} * {1} + {2} * {3} + ({4} + {6}) * {5} - {6} * {5}", b, row_b, h, row_h, tile, block_m, w)
-            q_tile_e = load_matrix(q, q_rows, q_columns, stride_m, row, column, block_m, E)
-        # D = 256: shared memory has no place for a last tile of v behind the loop. An iteration more, of keys
-        # that no row sees, has that p v.
-        stop = end if D < 256 else scalar("{0} + tl.minimum({0}, {1})", end, block_n)
-        for n in hl.grid(0, stop, block_n):
-            # The previous tile; for the first one, which has none, itself, times the p of 0.
-            back = scalar("tl.maximum({0} - {1}, 0)", n, block_n)
-            p_tile = p.to(v.dtype)  # in front of q k^T, which then has its registers
-            v_tile = v[b, hk, back + hl.arange(block_n), E : E + D]
-            if E:
-                v_tile_e = v[b, hk, back + hl.arange(block_n), :E]
-            # The last tile ends where the keys end: some of them are there twice, but nothing else is.
-            at = n if masked else scalar("tl.minimum({0}, {1} - {2})", n, N, block_n)
-            qk = hl.dot(q_tile, k[b, hk, at + hl.arange(block_n), E : E + D].T, out_dtype=torch.float32)
-            if E:
-                qk = hl.dot(q_tile_e, k[b, hk, at + hl.arange(block_n), :E].T, acc=qk)
-            visible = hl.arange(block_n)[None, :] <= (last - n)[:, None]
-            if online:
+        row = int32("{0} * {1} + {2} * {3} + {4} * {5}", b, row_b, h, row_h, m_block, block_m)
+        column = int32("{0} * {1} + {2} * {3}", b, column_b, h, column_h)
+        column = inval_dead_mbarriers(column, this_round)
+        q_tile = load_matrix(q, q_rows, q_columns, stride_m, row, column, block_m, BLOCK_D)
+        # BLOCK_D = 256: shared memory has no room for V behind the loop. One extra, empty
+        # iteration does the last p v.
+        n_stop = n_end if BLOCK_D < 256 else int32("{0} + tl.minimum({0}, {1})", n_end, block_n)
+        for n in hl.grid(0, n_stop, block_n):
+            p_tile = p.to(v.dtype)  # before q k^T, which then reuses the registers of p
+            n_before = int32("tl.maximum({0} - {1}, 0)", n, block_n)  # at first p is 0: any V does
+            v_tile = v[b, hk, n_before + hl.arange(block_n), :]
+            # Scores. The extra iteration (BLOCK_D = 256) has the last tile again: a running maximum
+            # must not see the zeros beyond N.
+            n_load = int32("tl.minimum({0}, {1} - {2})", n, n_end, block_n)
+            k_tile = k[b, hk, n_load + hl.arange(block_n), :]
+            qk = hl.dot(q_tile, k_tile.T, out_dtype=torch.float32)
+            visible = hl.arange(block_n)[None, :] <= (last_key - n)[:, None]
+            if running_max:
                 if masked:
                     qk = torch.where(visible, qk, float("-inf"))
                 m_ij = torch.maximum(m_i, torch.amax(qk, -1) * qk_scale)
@@ -249,948 +390,775 @@ def _hopper_kernel(
                 x = qk * qk_scale + offset
                 if masked:
                     x = torch.where(visible, x, float("-inf"))
-            # The mask before this product and the exponentials behind it: else they do not overlap.
+            # Accumulate the previous tile. Order matters: mask, issue p v, then exp2, so that exp2
+            # overlaps the tensor cores.
             acc = hl.dot(p_tile, v_tile, acc=acc)
-            if E:
-                acc_e = hl.dot(p_tile, v_tile_e, acc=acc_e)
+            # Softmax.
             p = exp2(x)
-            if online:
-                l_tile = torch.sum(p, -1)
-                l_i = l_i * alpha + l_tile
+            if running_max:
                 acc = acc * alpha[:, None]
-                if E:
-                    acc_e = acc_e * alpha[:, None]
+                l_before = l_i * alpha
+                l_i = l_before + torch.sum(p, -1)
             else:
-                # l_i has to sum what the tensor cores multiply: else a row of one key would not get
-                # exactly its v. To nearest: a cut would move all that cancels to one side.
+                # l_i sums the rounded p, which is what the tensor cores multiply: a row of one key
+                # is exactly its v. To nearest: truncation would bias sums that cancel.
+                p_rounded = round_to_bf16(p)
+                l_before, l_exact_before = l_i, l_exact
+                l_i = l_i + torch.sum(p_rounded, -1)
                 if exact_lse:
-                    exact_tile = torch.sum(p, -1)
-                    l_exact = l_exact + exact_tile
-                rounded = round_to_bf16(p)
-                if not exact_lse or D == 256:  # otherwise the exact p of the last tile is for behind the loop
-                    p = rounded
-                l_tile = torch.sum(rounded, -1)
-                l_i = l_i + l_tile
-        at = end - block_n
-        if not masked and D == 256:  # the iteration more had the last tile again
-            l_i, l_exact = l_i - l_tile, l_exact - exact_tile
+                    l_exact = l_exact + torch.sum(p, -1)
+                if not exact_lse or BLOCK_D == 256:  # else the code after the loop needs p itself
+                    p = p_rounded
+        # The last tile: mask it, then multiply it.
+        n_last = n_end - block_n
+        if not masked and BLOCK_D == 256:  # the extra iteration added the last tile once more
+            l_i, l_exact = l_before, l_exact_before
         elif not masked:
-            at = scalar("tl.minimum({0} - {1}, {2} - {1})", end, block_n, N)
-            keys = at + hl.arange(block_n)
-            visible = (keys >= end - block_n)[None, :] & (keys[None, :] <= last[:, None])
-            if online:
-                l_i = l_i - torch.sum(torch.where(visible, 0.0, p), -1)  # at most half of it
-            else:
-                rounded = round_to_bf16(p) if exact_lse else p
-                others = torch.where(end > block_n, l_i - torch.sum(rounded, -1), 0.0)
-                l_all, l_i = l_i, others + torch.sum(torch.where(visible, rounded, 0.0), -1)
-                if exact_lse:
-                    others = torch.where(end > block_n, l_exact - torch.sum(p, -1), 0.0)
-                    l_exact = others + torch.sum(torch.where(visible, p, 0.0), -1)
-                # What was masked here was in l_all, whose rounding is in `others`, unless there are none.
-                exact = (end <= block_n) | (l_i * 2**12 >= l_all)
-            p = torch.where(visible, p, 0.0)
-        if D < 256:
-            p_tile = p.to(v.dtype)
-            acc = hl.dot(p_tile, v[b, hk, at + hl.arange(block_n), E : E + D], acc=acc)
-            if E:
-                acc_e = hl.dot(p_tile, v[b, hk, at + hl.arange(block_n), :E], acc=acc_e)
-        inverse = torch.where(last < 0, 0.0, 1 / l_i)  # rows that see nothing are 0
-        acc = acc * inverse[:, None]
-        if E:
-            acc_e = acc_e * inverse[:, None]
-        if online:
+            keys = n_last + hl.arange(block_n)
+            p = torch.where(keys[None, :] <= last_key[:, None], p, 0.0)
+            p_rounded = round_to_bf16(p) if exact_lse else p
+            l_i = l_before + torch.sum(p_rounded, -1)
+            if exact_lse:
+                l_exact = l_exact_before + torch.sum(p, -1)
+        if BLOCK_D < 256:
+            acc = hl.dot(p.to(v.dtype), v[b, hk, n_last + hl.arange(block_n), :], acc=acc)
+        # Finish.
+        acc = acc * torch.where(last_key < 0, 0.0, 1 / l_i)[:, None]  # a row that sees no key is 0
+        if running_max:
             lse_tile = (m_i + log2(l_i)) * ln2
         else:
-            # NaN if one is NaN. Of what depends on q k^T: of acc as the loop leaves it Triton takes no maximum.
-            top = torch.amax(torch.abs(acc), -1)
-            if E:
-                top = torch.maximum(top, torch.amax(torch.abs(acc_e), -1))
-            fits = (l_i >= last + 1) & (l_i < float("inf")) & (top < float("inf"))
-            if not masked and D < 256:
-                fits = fits & exact
-            lse_tile = torch.where(fits, (log2(l_exact if exact_lse else l_i) - offset) * ln2, float("nan"))
-        lse_tile = torch.where(last < 0, float("-inf"), lse_tile)
-        stored = (rows < M) & (live > 0)
-        hl.store(lse, [b, h, rows], lse_tile, extra_mask=stored)
-        columns = E + hl.arange(D)[None, :]
-        inside = columns < scalar("{0} // 8 * 8", width)  # so Triton sees whole vectors
+            largest = torch.amax(torch.abs(acc), -1)  # of the scaled acc: rule 4
+            in_range = (l_i >= last_key + 1) & (l_i < float("inf")) & (largest < float("inf"))
+            lse_tile = (log2(l_exact if exact_lse else l_i) - offset) * ln2
+            lse_tile = torch.where(in_range, lse_tile, float("nan"))
+        lse_tile = torch.where(last_key < 0, float("-inf"), lse_tile)
+        row_valid = (rows < M) & (is_valid > 0)
+        d = hl.arange(BLOCK_D)[None, :]
+        hl.store(lse, [b, h, rows], lse_tile, extra_mask=row_valid)
         b, h = b.to(torch.int64), h.to(torch.int64)
-        hl.store(out, [b, h, rows[:, None], columns], acc.to(out.dtype), extra_mask=stored[:, None] & inside)
-        if E:
-            hl.store(out, [b, h, rows[:, None], hl.arange(E)[None, :]], acc_e.to(out.dtype), extra_mask=stored[:, None])
-    return out
-
-
-def _general_kernel(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
-    qk_scale: float, width: int, diagonal: int, block_m: hl.constexpr, block_n: hl.constexpr,
-    span: hl.constexpr,
-) -> torch.Tensor:  # fmt: skip
-    """The canonical loop on 2-D tiles, for any GPU, any strides and any case. Arguments as above.
-
-    span: how many rows a program looks after. If they are more than block_m, it computes them only
-    where one of them has lse NaN.
-    """
-    ln2, lowest = 0.6931471805599453, -3e38
-    B, H, M, D = q.size()
-    Hk, N = k.size(1), k.size(2)
-    D = hl.specialize(D)
-    hl.pdl_wait()  # from sm_90 on it is launched while the kernel before it ends
-    for tile_b, tile_s in hl.tile([B * H, M], block_size=[1, span]):
-        b, h = tile_b.begin // H, tile_b.begin % H
-        hk = h // (H // Hk)
-        if span > block_m:
-            marks = lse[b, h, tile_s]
-            missing = torch.amax(torch.where(marks == marks, 0, 1))
-            stop = tile_s.begin + missing * (tile_s.end - tile_s.begin)
-        else:
-            stop = tile_s.end
-        columns = hl.arange(D)[None, :]
-        inside = columns < scalar("{0} // 8 * 8", width)
-        for tile_m in hl.tile(tile_s.begin, stop, block_size=block_m):
-            last = torch.clamp(tile_m.index + diagonal, max=N - 1)  # the last key that a row sees
-            end = scalar("tl.minimum({0}, tl.maximum(0, {1} + {2}))", N, tile_m.begin + block_m, diagonal)
-            m_i = hl.full([tile_m], lowest, dtype=torch.float32)
-            l_i = hl.zeros([tile_m], dtype=torch.float32)
-            acc = hl.zeros([tile_m, D], dtype=torch.float32)
-            q_tile = hl.load(q, [b, h, tile_m.index[:, None], columns], extra_mask=inside)
-            for n in hl.grid(0, end, block_n):
-                keys = n + hl.arange(block_n)
-                k_tile = hl.load(k, [b, hk, keys[:, None], columns], extra_mask=(keys < N)[:, None] & inside)
-                qk = hl.dot(q_tile, k_tile.T, out_dtype=torch.float32)
-                qk = torch.where(keys[None, :] <= last[:, None], qk * qk_scale, float("-inf"))
-                # The scale is applied here, in float32: on q in bf16 it would round every logit's
-                # input once more than SDPA does.
-                m_ij = torch.maximum(m_i, torch.amax(qk, -1))
-                p = exp2(qk - m_ij[:, None])
-                alpha = exp2(m_i - m_ij)
-                l_i = l_i * alpha + torch.sum(p, -1)
-                m_i = m_ij
-                v_tile = hl.load(v, [b, hk, keys[:, None], columns], extra_mask=(keys < N)[:, None] & inside)
-                acc = hl.dot(p.to(v.dtype), v_tile, acc=acc * alpha[:, None])
-            inverse = torch.where(last < 0, 0.0, 1 / l_i)  # rows that see nothing are 0
-            lse[b, h, tile_m] = (m_i + log2(l_i)) * ln2
-            out_tile = (acc * inverse[:, None]).to(out.dtype)
-            hl.store(out, [b, h, tile_m.index[:, None], columns], out_tile, extra_mask=inside)
+        out_valid = row_valid[:, None] & valid_columns(d, head_dim)
+        hl.store(out, [b, h, rows[:, None], d], acc.to(out.dtype), extra_mask=out_valid)
     return out
 
 
 # ---- The gradient --------------------------------------------------------------------------------
-# p = exp(scale q k^T - lse), dv = p^T do, ds = p (do v^T - delta), dk = scale ds^T q, dq = scale ds k
-# (FlashAttention-2, algorithm 2). Five products: dkdv_kernel keeps ds, and dq_kernel multiplies it. Seven for small D
-# on Hopper, where s and dp are sooner computed twice than ds is written and read. Each gradient is summed by one
-# program in one order: the same bits each run.
+#     p     = exp(scale q k^T - lse)                 [M, N]
+#     delta = sum(out * do) - dlse                   [M]
+#     dv    = p^T do
+#     ds    = p (do v^T - delta)                     [M, N]
+#     dk    = scale ds^T q
+#     dq    = scale ds k
+# (FlashAttention-2, algorithm 2.) dkdv_kernel computes ds and writes it; dq_kernel reads it.
+# Two more products for dq would cost 9 to 18% at D = 128. At D = 64 ds is as large as at D = 128,
+# and the products are half as large: on Hopper hopper_dq_kernel computes ds again (4% causal, and
+# no memory for ds). One program sums each gradient, in one order: the same bits at every run.
 
 
 def _delta_kernel(
-    out: torch.Tensor, do: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor, aug: torch.Tensor, delta: torch.Tensor,
-    inverse: float, width: int, block_m: hl.constexpr, with_dlse: hl.constexpr,
+    out: torch.Tensor, do: torch.Tensor,  # [B, H, M, head_dim]
+    lse: torch.Tensor, dlse: torch.Tensor,  # [B, H, M], float32
+    aug: torch.Tensor,  # [B, H, M, 16], bfloat16
+    delta: torch.Tensor,  # [B, H, M], float32
+    inverse_scale: float, head_dim: int,
+    block_m: hl.constexpr, with_dlse: hl.constexpr,
 ) -> torch.Tensor:  # fmt: skip
-    """aug: [B, H, M, 16], bfloat16: what a product with ones adds to a query's scores, -lse / scale, and to its
-    row of do v^T, -delta, the sum of out * do over the row less the gradient of lse. Each as three bfloat16,
-    which have float32's 24 bits. delta: the same as float32, [B, H, M]. inverse: 1 / scale."""
-    B, H, M, D = out.size()
-    D = hl.specialize(D)
-    for tile_b, tile_m in hl.tile([B * H, M], block_size=[1, block_m]):
-        b, h = tile_b.begin // H, tile_b.begin % H
-        columns = hl.arange(D)[None, :]
-        inside = columns < scalar("{0} // 8 * 8", width)
-        o_tile = hl.load(out, [b, h, tile_m.index[:, None], columns], extra_mask=inside).to(torch.float32)
-        do_tile = hl.load(do, [b, h, tile_m.index[:, None], columns], extra_mask=inside).to(torch.float32)
-        delta_tile = torch.sum(o_tile * do_tile, -1)
+    """delta; and aug, which adds -lse / scale and -delta to the products of dkdv_kernel.
+
+    s^T has a column per query. The loading warpgroup cannot load a vector lse[None, :] by pointer
+    (rule 3); inline loads take 7 to 33% more time. So aug goes through TMA: columns 0 to 2 hold
+    -lse / scale, 3 to 5 hold -delta, as sums of three bfloat16 (3 * 8 bits are float32's 24), and
+    6 to 15 are 0. aug times a row of ones adds each number to a column of s^T or dp^T.
+    """
+    B, H, M, BLOCK_D = out.size()
+    BLOCK_D = hl.specialize(BLOCK_D)
+    for tile_bh, tile_m in hl.tile([B * H, M], block_size=[1, block_m]):
+        b, h = tile_bh.begin // H, tile_bh.begin % H
+        d = hl.arange(BLOCK_D)[None, :]
+        d_valid = valid_columns(d, head_dim)
+        out_tile = hl.load(out, [b, h, tile_m.index[:, None], d], extra_mask=d_valid)
+        do_tile = hl.load(do, [b, h, tile_m.index[:, None], d], extra_mask=d_valid)
+        delta_tile = torch.sum(out_tile.to(torch.float32) * do_tile.to(torch.float32), -1)
         if with_dlse:
             delta_tile = delta_tile - dlse[b, h, tile_m]
         delta[b, h, tile_m] = delta_tile
         lse_tile = lse[b, h, tile_m]
-        lse_tile = torch.where(lse_tile == float("-inf"), 0.0, lse_tile)  # sees nothing: all is masked
+        lse_tile = torch.where(lse_tile == float("-inf"), 0.0, lse_tile)  # no key: all is masked
         c = hl.arange(16)[None, :]
-        x = -torch.where(c < 3, (lse_tile * inverse)[:, None], delta_tile[:, None])
+        x = -torch.where(c < 3, (lse_tile * inverse_scale)[:, None], delta_tile[:, None])
         high = x.to(torch.bfloat16).to(torch.float32)
         middle = (x - high).to(torch.bfloat16).to(torch.float32)
         x = torch.where(c % 3 == 0, high, torch.where(c % 3 == 1, middle, x - high - middle))
-        hl.store(aug, [b, h, tile_m.index[:, None], c], torch.where(c < 6, x, 0.0).to(torch.bfloat16))
+        x = torch.where(c < 6, x, 0.0).to(torch.bfloat16)
+        hl.store(aug, [b, h, tile_m.index[:, None], c], x)
     return aug
 
 
-def load(x, b, h, rows, columns, width, tma):
-    """x[b, h, rows, columns], and 0 beyond x."""
-    if tma:
-        return hl.load(x, [b, h, rows, slice(None)])
-    b, h = b.to(rows.dtype), h.to(rows.dtype)  # `scalar` is 32 bits, hl.arange what the tensors need
-    rows, columns = rows.unsqueeze(1), columns.unsqueeze(0)
-    inside = columns < scalar("{0} // 8 * 8", width)
-    return hl.load(x, [b, h, rows, columns], extra_mask=(rows < x.size(2)) & inside)
+def head_and_block(w, num_heads, num_blocks):
+    """The head and the block of program w: block 0 of eight heads, their block 1, and so on.
 
-
-def store(x, b, h, rows, columns, width, length, value):
-    """x[b, h, rows, columns] = value, for rows below length."""
-    rows, columns = rows.unsqueeze(1), columns.unsqueeze(0)
-    inside = (rows < length) & (columns < scalar("{0} // 8 * 8", width))
-    hl.store(x, [b.to(torch.int64), h.to(torch.int64), rows, columns], value.to(x.dtype), extra_mask=inside)
-
-
-def load_kept(x, strides, b, h, rows, columns, width, tma, tile, other):
-    """The same for a tile that a program keeps. For TMA by a descriptor made in the kernel: only such a one
-    is halved for two warpgroups, by a shift of its row, and with it of all else that uses this very value.
-    So the row is a value of its own, by another `other` for each descriptor."""
-    if not tma:
-        return load(x, b, h, rows, columns, width, False)
-    block, block_d = rows.size(0), columns.size(0)
-    return hl.inline_triton(
-        "tl.make_tensor_descriptor({0} + tl.cast({1}, tl.int64) * {2} + tl.cast({3}, tl.int64) * {4},"
-        " [{5}, {6}], [{7}, 1], [{8}, {9}]).load([({10} + {11}) * {8} - {11} * {8}, 0])",
-        args=(x, fresh(b, 0), strides[0], h, strides[1], x.size(2), width, strides[2], block, block_d, tile, other),
-        output_like=hl.zeros([block, block_d], dtype=x.dtype),
-    )
-
-
-def load_rows(x, strides, b, h, tile, block):
-    """x[b, h, rows] of a tile, float32, and beyond x its last row. By an instruction: a load of Triton's would go
-    to the warps that load, which cannot pass on what has one dimension."""
-    rows = torch.clamp(tile * block + hl.arange(block), max=x.size(2) - 1)
-    return hl.inline_triton(
-        "tl.inline_asm_elementwise('ld.global.f32 $0, [$1];', '=f,l', [({0} + tl.cast({1}, tl.int64) * {2}"
-        " + tl.cast({3}, tl.int64) * {4} + {5}).to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1)",
-        args=(x, b, strides[0], h, strides[1], rows),
-        output_like=hl.zeros([block], dtype=torch.float32),
-    )
-
-
-def order(w, heads, blocks, together):
-    """Head and tile of program w: the first tile of each of `together` heads, their second and so on, then more heads."""
-    before = scalar("{0} // ({1} * {2}) * {2}", w, blocks, together)
-    some = scalar("tl.minimum({0}, {1} - {2})", together, heads, before)
-    rest = scalar("{0} - {1} * {2}", w, before, blocks)
-    tile = scalar("{0} // {1}", rest, some)
-    return scalar("{0} + {1} - {2} * {3}", before, rest, tile, some), tile
+    The callers make block 0 the longest of a causal head: long programs first, 11% of the causal
+    gradient. Eight heads at a time share L2: 5% at D = 64.
+    """
+    first_head = int32("{0} // ({1} * 8) * 8", w, num_blocks)
+    heads = int32("tl.minimum(8, {0} - {1})", num_heads, first_head)
+    i = int32("{0} - {1} * {2}", w, first_head, num_blocks)
+    block = int32("{0} // {1}", i, heads)
+    return int32("{0} + {1} - {2} * {3}", first_head, i, block, heads), block
 
 
 def _dkdv_kernel(
-    q: torch.Tensor, do: torch.Tensor, aug: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-    dk: torch.Tensor, dv: torch.Tensor, ds: torch.Tensor, scale: float, scale2: float, width: int,
-    diagonal: int, begin: int, heads: int, together: int, m_begin: int, m_end: int, block_m: hl.constexpr,
-    block_n: hl.constexpr, masked: hl.constexpr, keeps: hl.constexpr, of_k: hl.constexpr, of_v: hl.constexpr,
-    summed: hl.constexpr, tma: hl.constexpr,
+    q: torch.Tensor, do: torch.Tensor, aug: torch.Tensor,  # [B, H, M, head_dim]; aug: 16 columns
+    k: torch.Tensor, v: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor,  # [B, Hk, N, head_dim]
+    ds: torch.Tensor,  # ds^T, [B, H, N, M], N and M padded to multiples of 128
+    scale: float, qk_scale: float, head_dim: int, diagonal: int,
+    block_m: hl.constexpr, block_n: hl.constexpr, masked: hl.constexpr,
+    write_ds: hl.constexpr, with_dk: hl.constexpr, with_dv: hl.constexpr,
+    tma: hl.constexpr,  # read by TMA, and specialise as hopper_forward_kernel does
 ) -> torch.Tensor:  # fmt: skip
-    """dk and dv of a tile of keys, which walks over the queries of all heads that share it. Scores are
-    transposed, s^T = k q^T, so that p^T and ds^T are operands as they are.
+    """dk and dv of a tile of keys, which walks over the queries of all heads that share the keys.
 
-    ds: [heads * H / Hk, N, M] for `heads` of the B * Hk heads of keys, from `begin` on, and for the queries
-    from 128 m_begin to 128 m_end, N and M as multiples of 128. scale2: scale * log2(e). together: see `order`.
-    keeps: ds is written. of_k, of_v: dk and dv are computed; dk alone from what the launch before has kept, where two
-    sums would leave no registers for large tiles. summed: they are float32, to be summed over the queries. tma:
-    everything is read by TMA, as hopper_kernel does.
+    wgmma takes its first operand from registers. Scores are transposed, s^T = k q^T, so that p^T
+    and ds^T are the first operands of dv and dk.
+    With neither write_ds nor with_dv: dk alone, from the ds of the launch before. D > 128 on Hopper
+    needs that launch: two sums leave registers for small tiles only.
     """
     B, H, M, _ = q.size()
     Hk, N = k.size(1), k.size(2)
-    D = hl.specialize(k.size(3))
+    BLOCK_D = hl.specialize(k.size(3))
     k_strides, v_strides = k.stride(), v.stride()
     group = H // Hk
-    blocks = (N + block_n - 1) // block_n
-    for w in hl.grid(heads * blocks):
-        local, tile = order(w, heads, blocks, together)  # if masked, most queries see the first keys
-        b = scalar("({0} + {1}) // {2}", begin, local, Hk)
-        hk = scalar("{0} + {1} - {2} * {3}", begin, local, b, Hk)
-        keys, columns = (tile + 1) * block_n + (hl.arange(block_n) - block_n), hl.arange(D)
-        if of_v or keeps:
-            k_tile = load_kept(k, k_strides, b, hk, keys, columns, width, tma, tile, w)
-            v_tile = load_kept(v, v_strides, b, hk, keys, columns, width, tma, tile, 2 * w)
+    num_n_blocks = (N + block_n - 1) // block_n
+    num_m_blocks = (M + 127) // 128 * (128 // block_m)
+    for w in hl.grid(B * Hk * num_n_blocks):
+        bh, n_block = head_and_block(w, B * Hk, num_n_blocks)  # most queries see the first keys
+        b = int32("{0} // {1}", bh, Hk)
+        hk = int32("{0} - {1} * {2}", bh, b, Hk)
+        keys = (n_block + 1) * block_n + (hl.arange(block_n) - block_n)  # rule 2
+        d = hl.arange(BLOCK_D)
+        if write_ds or with_dv:
+            if tma:
+                k_tile = load_resident(k, k_strides, b, hk, n_block, w, head_dim, block_n, BLOCK_D)
+                v_tile = load_resident(v, v_strides, b, hk, n_block, 2 * w, head_dim, block_n,
+                                       BLOCK_D)  # fmt: skip
+            else:
+                k_tile = load_tile(k, b, hk, keys, d, head_dim, False)
+                v_tile = load_tile(v, b, hk, keys, d, head_dim, False)
             c = hl.arange(16)[None, :] + hl.zeros([block_n, 1], dtype=torch.int32)
-            of_lse = torch.where(c < 3, 1.0, 0.0).to(torch.bfloat16)
-            of_delta = torch.where((c >= 3) & (c < 6), 1.0, 0.0).to(torch.bfloat16)
+            lse_ones = torch.where(c < 3, 1.0, 0.0).to(torch.bfloat16)
+            delta_ones = torch.where((c >= 3) & (c < 6), 1.0, 0.0).to(torch.bfloat16)
             add = "tl.dot({0}, {1}.T, acc={2})"
-        dk_acc = hl.zeros([block_n, D], dtype=torch.float32)
-        dv_acc = hl.zeros([block_n, D], dtype=torch.float32)
-        # From the 128 queries on of which one sees a key of this tile: dq_kernel reads as many at once.
-        first = scalar("tl.maximum({0}, ({1} * {2} - {3}) // 128)", m_begin, tile, block_n, diagonal)
-        count = scalar("tl.maximum({0} - {1}, 0) * (128 // {2})", m_end, first, block_m)
-        start = scalar("{0} * {1} - {2} - {3} * 128", tile, block_n, diagonal, first)
-        for i in hl.grid(0, scalar("{0} * {1}", count, group), 1):
-            g = quotient(i, count)
-            h = scalar("{0} * {1} + {2}", hk, group, g)
-            step = scalar("({0} - {1} * {2}) * {3}", i, g, count, block_m)
-            m = scalar("{0} * 128 + {1}", first, step)
-            q_tile = load(q, b, h, m + hl.arange(block_m), columns, width, tma)
-            at = scalar("{0} * {1} + {2}", local, group, g).to(keys.dtype)
-            kept_m = scalar("({0} - {1}) * 128 + {2}", first, m_begin, step)
-            kept = [at, keys[:, None], (kept_m + hl.arange(block_m))[None, :]]
-            if of_v or keeps:
-                do_tile = load(do, b, h, m + hl.arange(block_m), columns, width, tma)
-                aug_tile = load(aug, b, h, m + hl.arange(block_m), hl.arange(16), 16, tma)
+        dk_acc = hl.zeros([block_n, BLOCK_D], dtype=torch.float32)
+        dv_acc = hl.zeros([block_n, BLOCK_D], dtype=torch.float32)
+        # The first query that sees a key of this tile, rounded down: dq_kernel reads ds in tiles of
+        # up to 128 queries.
+        m_start = int32("tl.maximum(0, ({0} * {1} - {2}) // 128) * 128", n_block, block_n, diagonal)
+        steps = int32("tl.maximum(0, {0} - {1} // {2})", num_m_blocks, m_start, block_m)
+        for i in hl.grid(0, int32("{0} * {1}", steps, group), 1):
+            g = fast_div(i, steps)
+            h = int32("{0} * {1} + {2}", hk, group, g)
+            m = int32("{0} + ({1} - {2} * {3}) * {4}", m_start, i, g, steps, block_m)
+            rows = m + hl.arange(block_m)
+            q_tile = load_tile(q, b, h, rows, d, head_dim, tma)
+            ds_index = [b.to(rows.dtype), h.to(rows.dtype), keys[:, None], rows[None, :]]
+            if write_ds or with_dv:
+                do_tile = load_tile(do, b, h, rows, d, head_dim, tma)
+                aug_tile = load_tile(aug, b, h, rows, hl.arange(16), 16, tma)
                 s = hl.dot(k_tile, q_tile.T, out_dtype=torch.float32)
-                s = hl.inline_triton(add, args=(of_lse, aug_tile, s), output_like=s)
+                s = hl.inline_triton(add, args=(lse_ones, aug_tile, s), output_like=s)
                 dp = hl.dot(v_tile, do_tile.T, out_dtype=torch.float32)
-                dp = hl.inline_triton(add, args=(of_delta, aug_tile, dp), output_like=dp)
-                p = exp2(s * scale2)  # rows beyond M: 1, and then times 0
+                dp = hl.inline_triton(add, args=(delta_ones, aug_tile, dp), output_like=dp)
+                p = exp2(s * qk_scale)  # a query beyond M has p = 1, but do = 0 and dp = 0
                 if masked:
-                    # As a sum: in a comparison of rows with columns each column would be computed again.
-                    seen = (step - start - hl.arange(block_n))[:, None] + hl.arange(block_m)[None, :] >= 0
-                    p = torch.where(seen, p, 0.0)
-                if of_v:
+                    # One addition an element: `row >= column` makes ptxas compute the column's
+                    # index again for each row (3 to 10% of the time).
+                    from_diagonal = int32("{0} + {1} - {2} * {3}", m, diagonal, n_block, block_n)
+                    distance = (from_diagonal - hl.arange(block_n))[:, None]
+                    p = torch.where(distance + hl.arange(block_m)[None, :] >= 0, p, 0.0)
+                if with_dv:
                     dv_acc = hl.dot(p.to(v.dtype), do_tile, acc=dv_acc)
                 ds_tile = (p * dp).to(k.dtype)
             else:
-                ds_tile = hl.load(ds, kept)
-            if of_k:
+                ds_tile = hl.load(ds, ds_index)
+            if with_dk:
                 dk_acc = hl.dot(ds_tile, q_tile, acc=dk_acc)
-            if keeps:
-                hl.store(ds, kept, ds_tile)
-        if of_k:
-            store(dk, b, hk, keys, columns, width, N, dk_acc * scale)
-        if of_v:
-            store(dv, b, hk, keys, columns, width, N, dv_acc)
+            if write_ds:
+                hl.store(ds, ds_index, ds_tile)
+        if with_dk:
+            store_tile(dk, b, hk, keys, d, head_dim, dk_acc * scale)
+        if with_dv:
+            store_tile(dv, b, hk, keys, d, head_dim, dv_acc)
     return dk
 
 
 def _dq_kernel(
-    dq: torch.Tensor, k: torch.Tensor, ds: torch.Tensor, scale: float, width: int, diagonal: int,
-    begin: int, heads: int, together: int, m_begin: int, m_end: int, block_m: hl.constexpr, block_n: hl.constexpr,
+    dq: torch.Tensor, k: torch.Tensor, ds: torch.Tensor,
+    scale: float, head_dim: int, diagonal: int, block_m: hl.constexpr, block_n: hl.constexpr,
 ) -> torch.Tensor:  # fmt: skip
-    """dq of a tile of queries, from what dkdv_kernel kept. Arguments as there; its heads are heads of q."""
-    B, H, M, D = dq.size()
+    """dq of a tile of queries, from the ds that dkdv_kernel wrote."""
+    B, H, M, BLOCK_D = dq.size()
     Hk, N = k.size(1), k.size(2)
-    D = hl.specialize(D)
+    BLOCK_D = hl.specialize(BLOCK_D)
     group = H // Hk
-    blocks = ((m_end - m_begin) * 128 + block_m - 1) // block_m
-    for w in hl.grid(heads * blocks):
-        # First the heads whose ds was written last, and may still be in L2, and the queries that see most keys.
-        turn, back = order(w, heads, blocks, together)
-        local = scalar("{0} - 1 - {1}", heads, turn)
-        b = scalar("({0} + {1}) // {2}", begin, local, H)
-        h = scalar("{0} + {1} - {2} * {3}", begin, local, b, H)
-        hk = scalar("{0} // {1}", h, group)
-        at = scalar("({0} - 1 - {1}) * {2}", blocks, back, block_m)
-        rows, columns = at + hl.arange(block_m), hl.arange(D)
-        end = scalar("tl.minimum({0}, tl.maximum(0, {1} * 128 + {2} + {3} + {4}))", N, m_begin, at, block_m, diagonal)
-        acc = hl.zeros([block_m, D], dtype=torch.float32)
-        for n in hl.grid(0, end, block_n):
+    num_m_blocks = (M + block_m - 1) // block_m
+    for w in hl.grid(B * H * num_m_blocks):
+        # From the end: the ds that was written last may still be in L2, and the last queries see
+        # most keys.
+        bh, m_block = head_and_block(w, B * H, num_m_blocks)
+        bh = int32("{0} * {1} - 1 - {2}", B, H, bh)
+        m_block = int32("{0} - 1 - {1}", num_m_blocks, m_block)
+        b = int32("{0} // {1}", bh, H)
+        h = int32("{0} - {1} * {2}", bh, b, H)
+        hk = int32("{0} // {1}", h, group)
+        rows, d = m_block * block_m + hl.arange(block_m), hl.arange(BLOCK_D)
+        n_end = keys_end(int32("({0} + 1) * {1}", m_block, block_m), N, diagonal)
+        acc = hl.zeros([block_m, BLOCK_D], dtype=torch.float32)
+        for n in hl.grid(0, n_end, block_n):
             keys = n + hl.arange(block_n)
-            ds_tile = hl.load(ds, [local.to(keys.dtype), keys[:, None], rows[None, :]], extra_mask=(keys < end)[:, None])
-            k_tile = load(k, b, hk, keys, columns, width, False)
+            ds_index = [b.to(keys.dtype), h.to(keys.dtype), keys[:, None], rows[None, :]]
+            # ds of keys from n_end on was never written.
+            ds_tile = hl.load(ds, ds_index, extra_mask=(keys < n_end)[:, None])
+            k_tile = load_tile(k, b, hk, keys, d, head_dim, False)
             acc = hl.dot(ds_tile.T, k_tile, acc=acc)
-        rows = m_begin * 128 + rows
-        store(dq, b, h, rows, columns, width, M, acc * scale)
+        store_tile(dq, b, h, rows, d, head_dim, acc * scale)
     return dq
 
 
 def _hopper_dq_kernel(
-    dq: torch.Tensor, q: torch.Tensor, do: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor, k: torch.Tensor,
-    v: torch.Tensor, scale: float, scale2: float, width: int, diagonal: int, together: int, block_m: hl.constexpr,
-    block_n: hl.constexpr, masked: hl.constexpr,
+    dq: torch.Tensor, q: torch.Tensor, do: torch.Tensor,  # [B, H, M, head_dim]
+    lse: torch.Tensor, delta: torch.Tensor,  # [B, H, M], with the same strides
+    k: torch.Tensor, v: torch.Tensor,  # [B, Hk, N, head_dim]
+    scale: float, qk_scale: float, head_dim: int, diagonal: int,
+    block_m: hl.constexpr, block_n: hl.constexpr,
+    masked: hl.constexpr,  # mask every tile: the diagonal is no multiple of block_n
 ) -> torch.Tensor:  # fmt: skip
-    """dq where ds is not kept. In hopper_kernel's order: the product of the previous tile's ds and k is issued behind
-    s and dp of this one, and the last tile is masked behind the loop. lse and delta: as contiguous as each other.
-    masked: other tiles have to be masked, too, because the diagonal is no multiple of block_n."""
-    B, H, M, D = dq.size()
+    """dq where ds is not in memory, in hopper_forward_kernel's order: ds k of the previous tile is
+    issued behind s and dp of this one, and the last tile is masked after the loop."""
+    B, H, M, BLOCK_D = dq.size()
     Hk, N = k.size(1), k.size(2)
-    D = hl.specialize(D)
+    BLOCK_D = hl.specialize(BLOCK_D)
     q_strides, do_strides, lse_strides = q.stride(), do.stride(), lse.stride()
-    group = H // Hk
-    blocks = (M + block_m - 1) // block_m
-    for w in hl.grid(B * H * blocks):
-        bh, back = order(w, B * H, blocks, together)
-        b = scalar("{0} // {1}", bh, H)
-        h = scalar("{0} - {1} * {2}", bh, b, H)
-        hk = scalar("{0} // {1}", h, group)
-        tile = scalar("{0} - 1 - {1}", blocks, back)  # first those that see most keys
-        rows, columns = (tile + 1) * block_m + (hl.arange(block_m) - block_m), hl.arange(D)
-        last = torch.clamp(rows + diagonal, max=N - 1)
-        end = scalar("tl.cdiv(tl.minimum({0}, tl.maximum(0, ({1} + 1) * {2} + {3})), {4}) * {4}",
-                     N, tile, block_m, diagonal, block_n)  # fmt: skip
-        q_tile = load_kept(q, q_strides, b, h, rows, columns, width, True, tile, w)
-        do_tile = load_kept(do, do_strides, b, h, rows, columns, width, True, tile, 2 * w)
-        lse_tile = load_rows(lse, lse_strides, b, h, tile, block_m) * LOG2E
-        delta_tile = load_rows(delta, lse_strides, b, h, tile, block_m)
-        acc = hl.zeros([block_m, D], dtype=torch.float32)
+    group, log2e = H // Hk, 1.4426950408889634
+    num_m_blocks = (M + block_m - 1) // block_m
+    for w in hl.grid(B * H * num_m_blocks):
+        bh, m_block = head_and_block(w, B * H, num_m_blocks)
+        m_block = int32("{0} - 1 - {1}", num_m_blocks, m_block)  # the last see most keys
+        b = int32("{0} // {1}", bh, H)
+        h = int32("{0} - {1} * {2}", bh, b, H)
+        hk = int32("{0} // {1}", h, group)
+        rows = (m_block + 1) * block_m + (hl.arange(block_m) - block_m)  # rule 2
+        d = hl.arange(BLOCK_D)
+        last_key = torch.clamp(rows + diagonal, max=N - 1)
+        n_end = keys_end(int32("({0} + 1) * {1}", m_block, block_m), N, diagonal, block_n)
+        q_tile = load_resident(q, q_strides, b, h, m_block, w, head_dim, block_m, BLOCK_D)
+        do_tile = load_resident(do, do_strides, b, h, m_block, 2 * w, head_dim, block_m, BLOCK_D)
+        lse_tile = load_row_vector(lse, lse_strides, b, h, m_block, block_m) * log2e
+        delta_tile = load_row_vector(delta, lse_strides, b, h, m_block, block_m)
+        acc = hl.zeros([block_m, BLOCK_D], dtype=torch.float32)
         ds = hl.zeros([block_m, block_n], dtype=torch.float32)
-        for n in hl.grid(0, end, block_n):
-            before = scalar("tl.maximum({0} - {1}, 0)", n, block_n)
+        for n in hl.grid(0, n_end, block_n):
             ds_tile = ds.to(k.dtype)
-            k_before = k[b, hk, before + hl.arange(block_n), :]
+            n_before = int32("tl.maximum({0} - {1}, 0)", n, block_n)
+            k_before = k[b, hk, n_before + hl.arange(block_n), :]
             s = hl.dot(q_tile, k[b, hk, n + hl.arange(block_n), :].T, out_dtype=torch.float32)
             dp = hl.dot(do_tile, v[b, hk, n + hl.arange(block_n), :].T, out_dtype=torch.float32)
-            x = s * scale2 - lse_tile[:, None]
+            x = s * qk_scale - lse_tile[:, None]
             if masked:
-                x = torch.where(hl.arange(block_n)[None, :] <= (last - n)[:, None], x, float("-inf"))
+                visible = hl.arange(block_n)[None, :] <= (last_key - n)[:, None]
+                x = torch.where(visible, x, float("-inf"))
             acc = hl.dot(ds_tile, k_before, acc=acc)
             ds = exp2(x) * (dp - delta_tile[:, None])
-        at = end - block_n
-        ds = torch.where((at + hl.arange(block_n))[None, :] <= last[:, None], ds, 0.0)
-        acc = hl.dot(ds.to(k.dtype), k[b, hk, at + hl.arange(block_n), :], acc=acc)
-        store(dq, b, h, rows, columns, width, M, acc * scale)
+        keys = n_end - block_n + hl.arange(block_n)
+        ds = torch.where(keys[None, :] <= last_key[:, None], ds, 0.0)
+        acc = hl.dot(ds.to(k.dtype), k[b, hk, keys, :], acc=acc)
+        store_tile(dq, b, h, rows, d, head_dim, acc * scale)
     return dq
 
 
-# ---- The launch ----------------------------------------------------------------------------------
-# helion 1.5.1 offers warp specialisation on sm_100 and up only, though Triton does it for sm_90, too:
-# here it is offered where a Config asks for it, and to others as before.
-_binding = threading.local()
-_offered = loops._supports_warp_specialize
-loops._supports_warp_specialize = lambda: getattr(_binding, "hopper", False) or _offered()
-
-# "tf32x3": float32 inputs are multiplied as three tf32 products each, which keeps float32's precision
-# on tensor cores. It does not touch bf16 and fp16. index_dtype: what tensors of 2^31 elements need.
-_kernel = functools.partial(helion.kernel, static_shapes=False, dot_precision="tf32x3")
-hopper_kernel, hopper_dq_kernel = _kernel(_hopper_kernel), _kernel(_hopper_dq_kernel)
-general_kernel, delta_kernel, dkdv_kernel, dq_kernel = map(
-    _kernel, (_general_kernel, _delta_kernel, _dkdv_kernel, _dq_kernel)
-)
-_wide = {x: _kernel(x.fn, index_dtype=torch.int64) for x in (general_kernel, delta_kernel, dkdv_kernel, dq_kernel)}
-# What they take: tensors like q, k, lse, aug, ds or, in float32 where it is summed, dk; and numbers for the
-# first call.
-_TAKES = {
-    _general_kernel: ("qkkql", (0.5, 5, 3)),
-    _hopper_kernel: ("qkkql", (0.5, 5, 3, 7, 9)),
-    _delta_kernel: ("qqllal", (0.5, 5)),
-    _dkdv_kernel: ("qqakkdds", (0.5, 0.5, 5, 3, 7, 9, 11, 13, 15)),
-    _dq_kernel: ("qks", (0.5, 5, 3, 7, 9, 11, 13, 15)),
-    _hopper_dq_kernel: ("qqqllkk", (0.5, 0.5, 5, 3, 7)),
-}
-
-CALLS = 1024  # how many prepared calls are kept
-KEPT = 2**30  # bytes of ds that the gradient keeps at a time
-BUSY = 2**15  # keys of it at a time, of all heads: 256 tiles, two for each SM
-L2 = 2**25  # bytes of it that may hold what is read again; an H100 has 50 MB
-_lock = threading.RLock()
-_compiled = {}  # {(kernel, plan, constants, dtype, head dim, device, aligned): Triton's kernel}
-_calls = {}  # {all that a call depends on but its data: function of q, k, v}
+# ---- The report's kernel, and Blackwell's -------------------------------------------------------
 
 
-@functools.lru_cache(CALLS)
-def _bind(kernel, plan, constants, dtype, D, device):
-    """Helion's host function for a kernel. What it is bound with has sizes and strides that follow
-    from nothing else, so that the code depends on none of them. D: a power of two."""
-    empty = functools.partial(torch.empty_strided, device=device)
-    like = lambda h, n: empty((2, h, n, D), ((h + 1) * (n + 8) * 2 * D, (n + 8) * 2 * D, 2 * D, 1), dtype=dtype)
-    summed = kernel.fn is _dkdv_kernel and constants[-2]
-    stand_in = {
-        "q": lambda: like(4, 384),
-        "k": lambda: like(2, 512),
-        "d": lambda: like(2, 512).to(torch.float32 if summed else dtype),
-        "l": lambda: empty((2, 4, 384), (5 * 392, 392, 1), dtype=torch.float32),
-        "a": lambda: empty((2, 4, 384, 16), (5 * 392 * 16, 392 * 16, 16, 1), dtype=torch.bfloat16),
-        "s": lambda: empty((6, 640, 448), (648 * 456, 456, 1), dtype=dtype),
-    }
-    letters, numbers = _TAKES[kernel.fn]
-    arguments = *(stand_in[letter]() for letter in letters), *numbers, *constants
-    _binding.hopper = "range_warp_specializes" in plan.config.config
-    try:  # Helion looks at the arguments again when it compiles
-        return kernel.bind(arguments).compile_config(plan.config)
-    finally:
-        _binding.hopper = False
-
-
-def _not_captured(q):
-    if q.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("this has to be compiled: call flash_attention so once before the capture")
-
-
-def _prepare(kernel, plan, numbers, constants):
-    """The launch of a kernel as a function of its tensors, always with the same strides.
-
-    Its first call goes through Helion's host function and remembers what that launches. Later ones
-    put their tensors in place of the first ones among the launch's arguments.
-    """
-    compiled = grid = args = places = device = None
-
-    def first(kind, triton_kernel, all_programs, *arguments, **options):
-        nonlocal compiled, grid, args
-        aligned = kind[-1]
-        compiled = _compiled.get(kind)
-        if compiled is not None:
-            compiled[(*all_programs, 1, 1)[:3]](*arguments)
-        elif not isinstance(triton_kernel, triton.JITFunction):  # the interpreter
-            compiled = functools.partial(helion.runtime.default_launcher, triton_kernel, **options)
-            compiled(all_programs, *arguments)
-        else:
-            # No integer is compiled in, as 1 or as a multiple of 16, but the strides that `aligned` is about.
-            strides = lambda name: "_stride_" in name and name.split("_")[0] not in ("lse", "dlse", "delta")
-            plain = [
-                p.name for p, x in zip(triton_kernel.params, arguments)
-                if isinstance(x, int) and not p.is_constexpr and not (aligned and strides(p.name))
-            ]  # fmt: skip
-            own = triton.jit(triton_kernel.fn, do_not_specialize=plain)
-            compiled = helion.runtime.default_launcher(own, all_programs, *arguments, **options)
-            if kernel not in _wide.values():  # whose strides may need 32 or 64 bits
-                _compiled[kind] = compiled
-        grid, args = (*all_programs, 1, 1)[:3], list(arguments)
-
-    def launch(*tensors):
-        nonlocal compiled, args, places, device
-        if places is None:
-            q = tensors[0]
-            device = q.device.index
-            aligned = all(
-                x.stride(3) == 1 and x.data_ptr() % 16 == 0 and not any(s % 16 for s in x.stride()[:3])
-                for x in tensors if x.dim() == 4
-            )
-            kind = kernel, plan, constants, q.dtype, triton.next_power_of_2(max(q.size(3), 16)), q.device
-            if (*kind, aligned) not in _compiled:
-                _not_captured(q)
-            run = _bind(*kind)
-            # To be told apart, where q, k and v are one tensor. A view would have other strides where a size is 1.
-            tensors = [x.detach() for x in tensors]
-            run(*tensors, *numbers, *constants, _launcher=functools.partial(first, (*kind, aligned)))
-            if compiled is None or kernel in _wide.values():
-                args = None  # the caller's tensors are not kept
-                return
-            places = []
-            for i, x in enumerate(args):
-                base = getattr(x, "base", x)  # of a TMA descriptor
-                for j, tensor in enumerate(tensors):
-                    if base is tensor:
-                        fields = None if x is base else {**vars(x), "base": None}
-                        places.append((i, j, type(x), fields))
-                        args[i] = None
-            return
-        arguments = args.copy()
-        for i, j, kind, fields in places:
-            if fields is None:
-                arguments[i] = tensors[j]
-            else:
-                arguments[i] = descriptor = kind.__new__(kind)
-                descriptor.__dict__ = {**fields, "base": tensors[j]}
-        if isinstance(compiled, functools.partial):
-            return compiled(grid, *arguments)
-        stream = triton.runtime.driver.active.get_current_stream(device)
-        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
-
-    return launch
-
-
-def _check(q, k, v, is_causal, scale, enable_gqa, config):
-    """Raise the TypeError or ValueError that flash_attention documents, or return nothing."""
-    if torch.jit.is_tracing():
-        raise RuntimeError("torch.jit.trace does not see flash_attention: use torch.export")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.is_nested:
-            raise ValueError(f"{name} must not be nested: pad it, or call once for each of {name}.unbind()")
-        if x.dim() != 4:
-            raise ValueError(f"{name} must be 4-D [B, H, S, D], got shape {tuple(x.shape)}")
-        if x.dtype not in DTYPES:
-            raise TypeError(f"{name}.dtype must be bfloat16, float16 or float32, got {x.dtype}")
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name}.dtype must be q's {q.dtype}, got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
-        for dim, what in ((0, "batch size"), (3, "head dim")):
-            if x.size(dim) != q.size(dim):
-                raise ValueError(
-                    f"{name}'s {what} (size({dim})) must be q's {q.size(dim)}, got {x.size(dim)}"
-                )
-    D, H, Hk = q.size(3), q.size(1), k.size(1)
-    if D % 8 or not 8 <= D <= 256:
-        raise ValueError(f"q's head dim (size(3)) must be a multiple of 8 up to 256, got {D}")
-    if not (H == Hk or enable_gqa and Hk > 0 and H % Hk == 0):
-        divides = "divide" if enable_gqa else "(without enable_gqa) be"
-        raise ValueError(f"k's number of heads (size(1)) must {divides} q's {H}, got {Hk}")
-    for dim, what in ((1, "number of heads"), (2, "length")):
-        if v.size(dim) != k.size(dim):
-            raise ValueError(f"v's {what} (size({dim})) must be k's {k.size(dim)}, got {v.size(dim)}")
-    if not isinstance(is_causal, (bool, CausalVariant)):
-        raise TypeError(f"is_causal must be a bool or a CausalVariant, got {is_causal!r}")
-    if not isinstance(enable_gqa, bool):
-        raise TypeError(f"enable_gqa must be a bool, got {enable_gqa!r}")
-    if not isinstance(scale, (float, int, type(None))):
-        raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
-    if scale is not None and not abs(scale) < 2e38:  # times log2(e) it has to be a float32
-        raise ValueError(f"scale must be finite and below 2e38, got {scale}")
-    if not isinstance(config, (helion.Config, configs.Plan, type(None))):
-        raise TypeError(f"config must be a Config or Plan of configs.py, got {type(config).__name__}")
-    if isinstance(config, helion.Config) and (is_causal is not False or H != Hk or D.bit_count() > 1):
-        raise ValueError(
-            "config is the report's, and its kernel is dense, with as many k as q heads and head dims of 2^n"
-        )
-    if isinstance(config, configs.Plan) and config.kernel == "hopper":
-        if q.dtype == torch.float32 or D > config.head_dim:
-            raise ValueError(f"config takes 16-bit floats and head dims up to {config.head_dim}, got {q.dtype} and {D}")
-        stages = config.config.config.get("range_num_stages")
-        if not isinstance(stages, list) or max(stages) > 2:  # more barriers than `fresh` knows
-            raise ValueError(f"config must have range_num_stages of at most 2, for hopper_kernel, got {stages}")
-    if isinstance(config, configs.Plan) and config.kernel in ("hopper", "blackwell") and q.is_cuda:
-        capability, major = torch.cuda.get_device_capability(q.device), 9 if config.kernel == "hopper" else 10
-        if capability[0] != major:
-            raise ValueError(f"config takes GPUs of compute capability {major}.x, got {capability}")
-
-
-def _readable_by_tma(x):
-    """Whether rows are contiguous and begin at multiples of 16 bytes."""
-    starts = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:3]))
-    return x.stride(3) == 1 and min(starts) > 0 and not any(start % 16 for start in starts)
-
-
-def _out_like(q):
-    """q's layout where its rows are contiguous."""
-    kept = torch.preserve_format if q.stride(3) == 1 else torch.contiguous_format
-    return torch.empty_like(q, memory_format=kept)
-
-
-def _lse_like(q):
-    return q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-def _report(scale, config):
-    """A call of attention_kernel as a function of q, k, v. Where [B, H] does not fold into one
-    dimension of the tensors as they are, it is launched for one b after the other."""
-    # helion 1.5.1 fails on batched products with a dimension of size 1. Two equal queries give two
-    # equal rows, two equal keys the same mean: repeat them, without a copy, and drop one.
-    twice = lambda x: x.expand(-1, -1, 2, -1) if x.size(2) == 1 else x
-
-    def call(q, k, v):
-        out = torch.empty_like(q)
-        whole = q.new_empty(twice(q).shape) if q.size(2) == 1 else out
-        tensors = twice(q), twice(k), twice(v), whole
-        if all(x.size(0) == 1 or x.stride(0) == x.size(1) * x.stride(1) for x in tensors):
-            parts = [[x.flatten(0, 1) for x in tensors]]
-        else:
-            parts = zip(*(x.unbind() for x in tensors))
-        for part in parts:
-            run = attention_kernel.bind((*part, scale * LOG2E)).compile_config(config)
-            run(*part, scale * LOG2E)
-        return (out if whole is out else out.copy_(whole[:, :, :1])), None
-
-    return call
-
-
-# ---- Blackwell -----------------------------------------------------------------------------------
-
-
-def _blackwell_kernel(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None, causal: hl.constexpr,
+def _report_kernel(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None,
+    qk_scale: hl.constexpr, causal: hl.constexpr, cute: hl.constexpr,
 ) -> torch.Tensor:  # fmt: skip
-    """The canonical loop, word for word as Helion's cute backend recognises it: a FlashAttention-4 kernel
-    takes its place. Where a line reads otherwise, q scaled before the loop, acc * (1 / l_i), the mask the
-    other way round, it does not, and would compile the loop as it stands, for hardly any speed.
+    """The report's loop on 3-D tiles, compiled for each shape.
 
-    q, out: [B * H, S, D]; k, v: [B * Hk, S, D]; lse: [B * H, S], or None.
-    What replaces it computes otherwise (helion 1.5.1): it scales the scores in float32 instead of q in its
-    own dtype; rescales acc only where the maximum grows by more than a factor of 2^8; takes a quarter of
-    the exponentials from a polynomial of degree 3 (relative error 9e-5, below a 16-bit float's rounding);
-    and multiplies by an approximate 1 / l_i (rcp.approx, 1 ulp).
+    q, out: [B * H, M, D]; k, v: [B * Hk, N, D]; lse: [B * H, M], in base 2, or None.
+    qk_scale: scale * log2(e). causal: row i sees keys up to i, and M = N.
+    cute: the form that Helion's cute backend recognises. The backend runs a FlashAttention-4 kernel
+    in place of this loop: it scales in float32, as the report's form does, rescales only where m_i
+    grows by 8, and takes 1/4 of the exponentials from a polynomial (relative error 9e-5).
     """
-    BH, S, D = q.size()
+    BH, M, D = q.size()
     D = hl.specialize(D)
-    scale = D**-0.5
     group = BH // k.size(0)
-    for tile_b, tile_m in hl.tile([BH, S]):
+    for tile_b, tile_m in hl.tile([BH, M]):
         m_i = hl.full([tile_b, tile_m], float("-inf"), dtype=torch.float32)
         l_i = hl.zeros([tile_b, tile_m], dtype=torch.float32)
         acc = hl.zeros([tile_b, tile_m, D], dtype=torch.float32)
         q_tile = q[tile_b, tile_m, :]
-        for tile_n in hl.tile(S):
-            kv = tile_b.index // group
-            qk = torch.bmm(q_tile * scale, k[kv, tile_n, :].transpose(1, 2), torch.float32)
+        for tile_n in hl.tile(k.size(1)):
+            kv = tile_b if group == 1 else tile_b.index // group  # TMA needs the tile itself
+            k_tile = k[kv, tile_n, :].transpose(1, 2)
+            qk = torch.bmm(q_tile * qk_scale if cute else q_tile, k_tile, torch.float32)
+            if not cute:  # q * qk_scale is rounded to q's dtype, the scores are float32
+                qk = qk * qk_scale
             if causal:
-                qk = torch.where(tile_m.index[None, :, None] >= tile_n.index[None, None, :], qk, float("-inf"))
+                is_valid = tile_m.index[None, :, None] >= tile_n.index[None, None, :]
+                qk = torch.where(is_valid, qk, float("-inf"))
             m_ij = torch.maximum(m_i, torch.amax(qk, -1))
-            p = torch.exp(qk - m_ij[:, :, None])
-            alpha = torch.exp(m_i - m_ij)
+            p = torch.exp2(qk - m_ij[:, :, None])
+            alpha = torch.exp2(m_i - m_ij)
             l_i = l_i * alpha + torch.sum(p, -1)
             m_i = m_ij
-            acc = torch.baddbmm(acc * alpha[:, :, None], p.to(v.dtype), v[kv, tile_n, :])
+            acc = acc * alpha[:, :, None]
+            v_tile = v[kv, tile_n, :]
+            acc = torch.baddbmm(acc, p.to(v_tile.dtype), v_tile)
         if lse is not None:
-            lse[tile_b, tile_m] = m_i + torch.log(l_i)
-        out[tile_b, tile_m, :] = (acc / l_i[:, :, None]).to(out.dtype)
+            lse[tile_b, tile_m] = m_i + torch.log2(l_i)
+        # One division a row. One an element spills 16 more bytes (TILE128, sm_100).
+        acc = acc / l_i[:, :, None] if cute else acc * (1 / l_i)[:, :, None]
+        out[tile_b, tile_m, :] = acc.to(out.dtype)
     return out
 
 
-blackwell_kernel = helion.kernel(_blackwell_kernel, static_shapes=True, backend="cute")
-blackwell_triton = helion.kernel(_blackwell_kernel, static_shapes=True, backend="triton")  # the interpreter's
+report_kernel = helion.kernel(_report_kernel, static_shapes=True, dot_precision="tf32x3")
+blackwell_kernel = helion.kernel(_report_kernel, static_shapes=True, backend="cute")
 
 
-def _blackwell_takes(q, k, v, scale):
-    """Whether blackwell_kernel is for this; what is not, general_kernel computes."""
-    S, D = q.shape[2:]
-    return (
-        q.dtype != torch.float32
-        and D in (64, 128)
-        and S % 128 == 0
-        and S == k.size(2)
-        and math.isclose(scale, D**-0.5)
-        and all(x.is_contiguous() and x.numel() <= 2**31 for x in (q, k, v))
-    )
+def _launch_recognised(generated, grid, *args, **options):
+    """Launch blackwell_kernel if the cute backend recognised the loop: its other code is slow."""
+    plans = [plan["kind"] for plan in getattr(generated, "_helion_cute_wrapper_plans", ())]
+    if plans != ["helion_flash"]:
+        raise RuntimeError("Helion's cute backend did not recognise blackwell_kernel")
+    return helion.runtime.default_cute_launcher(generated, grid, *args, **options)
 
 
-def _blackwell(is_cuda, causal, config, with_lse=False, launcher=None):
-    """A call of blackwell_kernel as a function of q, k, v that returns out and lse, or None for it. Its first
-    call compiles for their shape. Nothing is launched but what was recognised."""
-    kernel = blackwell_kernel if is_cuda else blackwell_triton
-    if launcher is None:
-        launcher = helion.runtime.default_cute_launcher if is_cuda else helion.runtime.default_launcher
-    run = None
+def _run_report(q, k, v, config, scale, causal, with_lse):
+    """out, and lse or None. config: the report's, or BLACKWELL_CUTE, with which the result is None
+    for q, k, v and scale that Blackwell's kernel does not take. 0.2 ms a call: Helion's bind."""
+    (B, H, M, D), cute = q.shape, isinstance(config, configs.Tuning)
+    kernel, options = report_kernel, {}
+    if cute:
+        square = M == k.size(2) and M % 128 == 0 and D in (64, 128)
+        plain = all(x.is_contiguous() and x.numel() <= 2**31 for x in (q, k, v))
+        if not square or not plain or q.dtype == torch.float32 or not math.isclose(scale, D**-0.5):
+            return None
+        config = config.config
+        if q.is_cuda:  # the interpreter executes report_kernel
+            kernel, options = blackwell_kernel, {"_launcher": _launch_recognised}
+    out = torch.empty_like(q)
+    lse = q.new_empty((B * H, M), dtype=torch.float32) if with_lse else None
+    tensors = q, k, v, out
+    if all(x.size(0) == 1 or x.stride(0) == x.size(1) * x.stride(1) for x in tensors):
+        parts = [[x.flatten(0, 1) for x in tensors]]
+    else:  # B and H do not fold into one dimension: one b after the other
+        parts = zip(*tensors)
+    for part in parts:
+        arguments = *part, lse, scale * LOG2E, causal, cute
+        kernel.bind(arguments).compile_config(config)(*arguments, **options)
+    return out, None if lse is None else lse.div_(LOG2E).view(q.shape[:3])
 
-    def launch(generated, grid, *args, **options):
-        plans = [plan["kind"] for plan in getattr(generated, "_helion_cute_wrapper_plans", ())]
-        if is_cuda and plans != ["helion_flash"]:
-            raise RuntimeError(
-                f"Helion's cute backend did not recognise blackwell_kernel with {config.config}: "
-                "what it generated is slow and not launched"
-            )
-        return launcher(generated, grid, *args, **options)
 
-    def call(q, k, v):
-        nonlocal run
-        out = torch.empty_like(q)
-        lse = _lse_like(q) if with_lse else None
-        arguments = [x if x is None else x.flatten(0, 1) for x in (q, k, v, out, lse)]
-        if run is None:
-            _not_captured(q)
-            try:
-                run = kernel.bind((*arguments, causal)).compile_config(config.config)
-            except helion.exc.CuteBackendUnavailable as error:
-                raise RuntimeError('config blackwell needs CUDA 13 and: pip install "helion[cute]==1.5.1"') from error
-        run(*arguments, causal, _launcher=launch)
-        return out, lse
+# ---- Launching -----------------------------------------------------------------------------------
+# A kernel is compiled once for each key of LAUNCHES: kernel, Tuning, constants, dtype, padded head
+# dim, device, and whether strides and addresses are multiples of 16. Batch, heads, lengths, strides
+# and scale are run-time arguments: Helion's own host function derives them from the tensors at each
+# call, so a new length costs what a repeated call costs. Lengths matter only where they choose a
+# Tuning or `masked`. No tensor of a caller is kept.
+LAUNCHES = {}  # {(kernel, tuning, constants, layout): Launch}
+_compiling = threading.RLock()
 
-    return call
+# "tf32x3" multiplies float32 inputs as three tf32 products each, which keeps float32's precision on
+# tensor cores. It does not touch bf16 and fp16.
+_kernel = functools.partial(helion.kernel, static_shapes=False, dot_precision="tf32x3")
+forward_kernel, hopper_forward_kernel = _kernel(_forward_kernel), _kernel(_hopper_forward_kernel)
+delta_kernel, dkdv_kernel = _kernel(_delta_kernel), _kernel(_dkdv_kernel)
+dq_kernel, hopper_dq_kernel = _kernel(_dq_kernel), _kernel(_hopper_dq_kernel)
+# The same with 64-bit offsets, for tensors that reach over 2^31 elements.
+WIDE = {x: _kernel(x.fn, index_dtype=torch.int64)
+        for x in (forward_kernel, delta_kernel, dkdv_kernel, dq_kernel)}  # fmt: skip
+
+
+def launch(kernel, tuning, tensors, numbers, constants, layout):
+    """Run a kernel: the first time for its key, compile it.
+
+    layout: what is compiled in of the tensors: dtype, padded head dim, device, and whether strides
+    and addresses are multiples of 16 (`_facts`); and whether dk and dv are float32 sums.
+    """
+    key = kernel, tuning, constants, layout
+    run = LAUNCHES.get(key)
+    if run is not None:
+        return run(*tensors, *numbers)
+    if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("flash_attention is not compiled for this dtype, head dim and mask yet: "
+                           "call it once before capturing a CUDA graph")  # fmt: skip
+    with _compiling:
+        run = LAUNCHES.get(key) or Launch(kernel, tuning, tensors, constants, layout)
+        run(*tensors, *numbers)
+        LAUNCHES[key] = run  # after its first call: no other thread sees it half made
+
+
+class Launch:
+    """One compiled kernel. Helion's host function makes grid, integers and TMA descriptors from
+    tensors and numbers, and hands them to `compile`, later to `repeat`."""
+
+    def __init__(self, kernel, tuning, tensors, constants, layout):
+        # Helion compiles for the tensors that it sees. So it sees stand-ins: the last size is
+        # padded, no stride is a product of sizes, and no number is 0 or 1. Then every size, stride
+        # and number stays an argument.
+        padded = lambda n: configs.padded(min(n, 256))
+        strides = 5 * 512 * 512, 512 * 512, 512
+        stand_ins = [
+            torch.empty_strided((2, 4, 384, *map(padded, x.shape[3:])),
+                                (*strides[: x.dim() - 1], 1), dtype=x.dtype, device=x.device)
+            for x in tensors
+        ]  # fmt: skip
+        parameters = inspect.signature(kernel.fn).parameters.values()
+        numbers = [0.5 if p.annotation is float else 3 + 2 * i
+                   for i, p in enumerate(parameters) if p.annotation in (int, float)]  # fmt: skip
+        _binding.hopper = "range_warp_specializes" in tuning.config.config
+        try:  # Helion looks at the arguments again when it compiles
+            host = kernel.bind((*stand_ins, *numbers, *constants)).compile_config(tuning.config)
+        finally:
+            _binding.hopper = False
+        self.host, self.launcher, self.jit, self.scratch = host, self.compile, None, True
+        self.constants, self.is_wide = constants, kernel in WIDE.values()
+        _, _, self.device, self.aligned, _ = layout
+
+    def __call__(self, *arguments):
+        if self.scratch:  # in a copied context, the allocator of our caller stays what it is
+            contextvars.copy_context().run(self.run_with_scratch, arguments)
+        else:
+            self.host(*arguments, *self.constants, _launcher=self.launcher)
+
+    def run_with_scratch(self, arguments):
+        triton.set_allocator(self.allocate)
+        self.host(*arguments, *self.constants, _launcher=self.launcher)
+
+    def allocate(self, size, alignment, stream):
+        """Memory for the TMA descriptors that a kernel makes."""
+        return torch.empty(size, dtype=torch.int8, device=self.device)
+
+    def compile(self, jit, grid, *arguments, **options):
+        """Compile and launch. In Triton's interpreter: execute."""
+        if isinstance(jit, triton.JITFunction) and self.jit is None:
+            # Triton compiles in that an integer is 1 or a multiple of 16. Here only strides may be
+            # multiples of 16, if all are; lse, dlse and delta have strides of M.
+            is_aligned = lambda name: self.aligned and re.match(
+                r"(?!lse|dlse|delta)\w+_stride_", name)  # fmt: skip
+            self.jit = triton.jit(jit.fn, do_not_specialize=[
+                p.name for p, x in zip(jit.params, arguments)
+                if isinstance(x, int) and not p.is_constexpr and not is_aligned(p.name)
+            ])  # fmt: skip
+        jit = self.jit or jit
+        self.compiled = helion.runtime.default_launcher(jit, grid, *arguments, **options)
+        # Wide kernels keep Triton's look-up: a stride may have 64 bits in one call, 32 in the next.
+        if self.compiled is not None and not self.is_wide:
+            self.launcher, self.host = self.repeat, read_once(self.host, jit, arguments)
+            self.scratch = self.compiled.metadata.global_scratch_size > 0
+
+    def repeat(self, jit, grid, *arguments, **options):
+        """Triton's launch without its look-up of what is compiled (20 us) and without hooks."""
+        kernel = self.compiled
+        stream = triton.runtime.driver.active.get_current_stream(self.device.index)
+        kernel.run(*grid, 1, 1, stream, kernel.function, kernel.packed_metadata,
+                   None, None, None, *arguments)  # fmt: skip
+
+
+class Descriptor(TensorDescriptor):
+    """A TMA descriptor without Triton's checks: `_forward` and `_backward` have made them."""
+
+    def __post_init__(self):
+        pass
+
+
+def read_once(host, jit, arguments):
+    """Helion's host function, rewritten to be 10 us faster: it reads sizes and strides once, makes
+    descriptors without checks, and has constants as numbers. A line that no pattern matches stays
+    as it is: correct, only slower."""
+    source = inspect.getsource(host)
+    source = re.sub(r"_helion_tensor_descriptor\((\w+), \[[^]]*\], \[[^]]*\], ",
+                    r"Descriptor(\1, \1_size, \1_stride, ", source)  # fmt: skip
+    source = re.sub(r"\b(\w+)\.(size|stride)\((\d)\)", r"\1_\2[\3]", source)
+    for p, x in zip(jit.params, arguments):
+        if p.is_constexpr:
+            source = re.sub(rf"\b{p.name} = .*", f"{p.name} = {x}", source)
+    tensors = [x for x in inspect.signature(host).parameters
+               if re.search(rf"\b{x}_(size|stride)\b", source)]  # fmt: skip
+    reads = "".join(f"    {x}_size, {x}_stride = {x}.shape, {x}.stride()\n" for x in tensors)
+    namespace = {**host.__globals__, "Descriptor": Descriptor}
+    exec(source.replace(":\n", ":\n" + reads, 1), namespace)
+    return namespace[host.__name__]
+
+
+# ---- Allocate, choose, launch --------------------------------------------------------------------
+# One ds holds about DS_BYTES, at most twice that, of enough heads for DS_KEYS keys: 256 tiles of
+# 128, two for each SM. Half or twice DS_BYTES changes the time by less than 2% (D = 128).
+DS_BYTES, DS_KEYS = 2**29, 2**15
+FIXUP_ROWS = 512  # of hopper_forward_kernel, for one program of the fix-up
+
+
+@functools.lru_cache
+def _gpu(device):
+    """Compute capability, or None on a CPU, and the number of SMs."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    return capability, helion.runtime.get_num_sm(device)
+
+
+def _facts(x):
+    """Of a 4-D tensor: does it need 64-bit offsets; does TMA read it; are its rows contiguous, and
+    strides and address multiples of 16?"""
+    (a, b, c, d), (s, t, u, w) = x.shape, x.stride()
+    strides, is_row = s | t | u, w == 1 and x.data_ptr() % 16 == 0
+    last = (a - 1) * s + (b - 1) * t + (c - 1) * u + (d - 1) * w
+    for_tma = is_row and s * t * u > 0 and strides * x.element_size() % 16 == 0
+    return strides >= 2**31 or last >= 2**31, for_tma, is_row and strides % 16 == 0
+
+
+def _out_like(x):
+    """Memory in x's layout where its rows are contiguous."""
+    keep = torch.preserve_format if x.stride(3) == 1 else torch.contiguous_format
+    return torch.empty_like(x, memory_format=keep)
+
+
+def _for_tma(x, is_padded=False):
+    """x, or a copy that TMA reads. Behind a head that is padded there must be no other head: a
+    descriptor over all heads (load_matrix) reads it, and it may be NaN."""
+    if not _facts(x)[1] or is_padded and any(s % x.stride(2) for s in x.stride()[:2]):
+        return x.clone(memory_format=torch.contiguous_format)
+    return x
 
 
 def _diagonal(is_causal, M, N):
-    """Row i sees keys up to i + diagonal; N, where every row sees all keys."""
-    diagonal = N if is_causal is False else N - M if is_causal is CausalVariant.LOWER_RIGHT else 0
+    """Row i sees keys up to i + diagonal; N, where every row sees all keys.
+
+    is_causal: as flash_attention takes it, or its integer: 1 upper left, 2 lower right.
+    """
+    diagonal = (N, 0, N - M)[int(is_causal)]
     return N if diagonal >= N - 1 else diagonal
 
 
-def _is_wide(*tensors):
-    return any(
-        max(sum((n - 1) * s for n, s in zip(x.shape, x.stride())), *x.stride()) >= 2**31 for x in tensors
-    )
-
-
-@contextlib.contextmanager
-def _scratch(q):
-    """Memory of q's device for descriptors that a kernel makes."""
-    before = _allocation._allocator.set(lambda size, *_: q.new_empty(size, dtype=torch.int8))
-    try:
-        yield
-    finally:
-        _allocation._allocator.reset(before)
-
-
-def _columns(D):
-    """E and D of hopper_kernel."""
-    whole = triton.next_power_of_2(max(D, 16))
-    if D <= 64 or 4 * D > 3 * whole:
-        return 0, whole
-    return triton.next_power_of_2(max(D - whole // 2, 16)), whole // 2
-
-
-def _plan(q, k, v, is_causal, scale, config, exact_lse):
-    """What a call runs, as a function of q, k, v that returns out and lse."""
-    B, H, M, D = q.shape
-    N = k.size(2)
+def _forward(q, k, v, is_causal, scale, config, exact_lse):
+    """out and lse."""
+    if q.is_cuda and q.device.index != torch.cuda.current_device():  # where Triton launches
+        with torch.cuda.device(q.device):
+            return _forward(q, k, v, is_causal, scale, config, exact_lse)
+    q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()  # -x, of which only a bit says so
+    (B, H, M, D), N = q.shape, k.size(2)
+    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"q must be on a CUDA device, got {q.device}: to execute the kernel on the CPU, "
+            "start Python with TRITON_INTERPRET=1 (check.py shows what else that takes)"
+        )
+    out, lse = _out_like(q), q.new_empty((B, H, M), dtype=torch.float32)
+    if q.numel() == 0 or k.numel() == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
     scale = D**-0.5 if scale is None else scale
-    if isinstance(config, helion.Config):
-        return _report(scale, config)
-    if config is not None and config.kernel == "blackwell":
-        if _blackwell_takes(q, k, v, scale):
-            return _blackwell(q.is_cuda, is_causal is not False, config, True)
+    if isinstance(config, helion.Config) or config is not None and config.kernel == "blackwell":
+        found = _run_report(q, k, v, config, scale, bool(is_causal), exact_lse)
+        if found is not None:
+            return found
         config = None
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
-    plan = config or configs.best(capability, D, q.dtype, B * H, M, N)
-    diagonal, like = _diagonal(is_causal, M, N), _out_like(q)
-    tiles = B * H * triton.cdiv(M, plan.block_m)
-    # hopper_kernel's `quotient` and its int32; and a masked score times its scale has to be -inf.
-    large = tiles >= 2**19 or max(q.stride()) >= 2**31 or M * like.stride(2) >= 2**31
-    other = configs.hopper_general(D)
-    if plan.kernel == "hopper" and (large or D < 16 or scale < 2.0**-100):
-        plan = other
-    numbers = scale * LOG2E, D, diagonal
-    constants = plan.block_m, plan.block_n, plan.block_m
-    fix = lambda *tensors: tensors
-    kernel = general = _wide[general_kernel] if _is_wide(q, k, v, like) else general_kernel
-    redo = None
-    if plan.kernel == "hopper":
-        kernel, columns = hopper_kernel, _columns(D)
-        # TMA does not repeat: of heads that are all the same one is enough.
-        first = k.stride(1) == v.stride(1) == 0
-        few = lambda q, k, v: (q, k[:, 0].unsqueeze(1), v[:, 0].unsqueeze(1)) if first else (q, k, v)
-        copied = [not _readable_by_tma(x) for x in few(q, k, v)]
-        # What fills up a row of q would be the next head's, which may be inf or NaN, and not TMA's zeros.
-        copied[0] = copied[0] or D < sum(columns) and any(s % q.stride(2) for s in q.stride()[:2])
-        if first or any(copied):
-            fix = lambda *tensors: [
-                x.clone(memory_format=torch.contiguous_format) if copy else x
-                for x, copy in zip(few(*tensors), copied)
-            ]
-        online = q.dtype == torch.float16
-        # The last tile holds the end of the keys, and the diagonal where that is a multiple of the tile. A
-        # running maximum must not see what a row does not see. D = 256 has no code for a ragged last tile.
-        masked = N < plan.block_n if diagonal == N else diagonal % plan.block_n > 0 or plan.block_n < plan.block_m
-        masked |= online and diagonal < N or columns[1] == 256 and (diagonal < N or N % plan.block_n > 0)
-        if not online:
-            redo = _prepare(general, other, numbers, (other.block_m, other.block_n, REDO_ROWS))
-        programs = helion.runtime.get_num_sm(q.device)
-        numbers = *numbers, programs, int(diagonal < N and tiles > programs)
-        constants = plan.block_m, plan.block_n, masked, online, exact_lse and not online, *columns
-    launch = _prepare(kernel, plan, numbers, constants)
-
-    def call(q, k, v):
-        out, lse = _out_like(q), _lse_like(q)
-        with _scratch(q):
-            launch(*fix(q, k, v), out, lse)
-        if redo is not None:
-            redo(q, k, v, out, lse)
-        return out, lse
-
-    return call
-
-
-def _kept(known, key, make, config, *tensors):
-    """What the function that make() gives does to tensors. It is kept in _calls, where a caller has looked
-    for this key and found known, or None."""
-    x = tensors[0]
-    if known and (not x.is_cuda or x.device.index == torch.cuda.current_device()):
-        return known[0](*tensors)
-    with torch.cuda.device_of(x):
-        if known:
-            return known[0](*tensors)
-        with _lock:
-            call = make()
-            result = call(*tensors)
-            if len(_calls) >= CALLS:
-                _calls.clear()
-            _calls[key] = call, config  # a config that is kept keeps its id
-            return result
-
-
-def _eager(q, k, v, is_causal, scale, enable_gqa, config, exact_lse):
-    """flash_attention on tensors that have data. Returns out and lse."""
-    try:
-        if q.is_neg() or k.is_neg() or v.is_neg():  # -x, of which only a bit says so
-            q, k, v = (x.resolve_neg() for x in (q, k, v))
-        key = (
-            q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
-            q.device, k.device, v.device, q.data_ptr() % 16, k.data_ptr() % 16, v.data_ptr() % 16,
-            is_causal, type(is_causal), scale, enable_gqa, id(config), exact_lse,
-        )  # fmt: skip
-        known = _calls.get(key)
-    except (AttributeError, TypeError, RuntimeError):  # not a tensor, without data, nothing to keep
-        _check(q, k, v, is_causal, scale, enable_gqa, config)
-        raise RuntimeError(
-            "q, k and v must be plain tensors: under torch.vmap and torch.func, fold what is mapped into B"
-        ) from None
-    if known is None:
-        _check(q, k, v, is_causal, scale, enable_gqa, config)
-        if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError(
-                f"q must be on a CUDA device, got {q.device}: to execute the kernel on the CPU, "
-                "start Python with TRITON_INTERPRET=1 (check.py shows what else that takes)"
-            )
-        if q.numel() == 0 or k.numel() == 0:
-            return _out_like(q).zero_(), _lse_like(q).fill_(float("-inf"))
-    return _kept(known, key, lambda: _plan(q, k, v, is_causal, scale, config, exact_lse), config, q, k, v)
-
-
-def _parts(heads, group, M, N, D, size):
-    """How the heads of keys and the queries are divided, so that ds takes about KEPT bytes: heads and queries
-    at a time. So many heads as have q and do in L2 together, where each tile of keys reads them again, all
-    queries of them; but as many as have BUSY keys."""
-    a_query = group * N * size
-    whole = min(KEPT // (a_query * M), L2 // (2 * group * M * D * size))
-    some = min(heads, max(1, whole, min(triton.cdiv(BUSY, N), KEPT // (a_query * 128))))
-    some = triton.cdiv(heads, triton.cdiv(heads, some))
-    return some, min(M, max(128, KEPT // (a_query * some) // 128 * 128))
-
-
-def _plan_gradients(q, k, v, out, do, with_dlse, is_causal, scale, of_q, of_kv):
-    """The gradients as a function of q, k, v, out, lse, do and the gradient of lse."""
-    B, H, M, D = q.shape
-    Hk, N = k.shape[1:3]
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
-    best = functools.partial(configs.best_gradient, capability, D, q.dtype)
-    plan, plan_q, plan_k = best()
-    padded_m, padded_n = (triton.cdiv(x, 128) * 128 for x in (M, N))
-    group = H // Hk
-    wide = _is_wide(q, k, v, out, do) or 16 * B * H * M >= 2**31
-    kept = plan_q.kernel == "dq" or wide
-    heads, rows = _parts(B * Hk, group, padded_m, padded_n, D, q.element_size()) if kept else (B * Hk, padded_m)
-    wide |= kept and heads * group * padded_n * rows >= 2**31
-    if wide or kept and not of_kv:  # for ds alone Triton does not specialise
-        plan, plan_q, plan_k = best(specialised=False)
-    tma = plan.kernel == "hopper_dkdv"
-    kernels = [_wide[x] if wide else x for x in (delta_kernel, dkdv_kernel, dq_kernel)]
-    scale = D**-0.5 if scale is None else float(scale)
-    divisor = scale if abs(scale) > 2.0**-60 else 2.0**-60  # with less, scores change nothing
     diagonal = _diagonal(is_causal, M, N)
-    masked, summed = diagonal < N, of_kv and rows < padded_m
-    # Heads of keys whose first tiles, which have most to do, come first: all of a launch, or as many as have BUSY keys.
-    together = heads if kept else min(heads, triton.cdiv(BUSY, N))
-    together, together_q = (together, together * group) if masked else (1, 1)
-    apart = of_kv and plan_k is not None
-    keeps = kept and of_q or apart
-    launches = [(plan, (keeps, of_kv and not apart, of_kv))] if keeps or of_kv else []
-    launches += [(plan_k, (False, True, False))] if apart else []
-    run_delta = _prepare(kernels[0], configs.DELTA, (1 / divisor, D), (configs.DELTA.block_m, with_dlse))
-    tiles, parts = (plan_q.block_m, plan_q.block_n), []
-    for begin in range(0, B * Hk, heads):
-        for m in range(0, padded_m, rows):
-            some, m_range = min(heads, B * Hk - begin), (m // 128, min(m + rows, padded_m) // 128)
-            numbers = scale, divisor * LOG2E, D, diagonal, begin, some, together, *m_range
-            runs = [_prepare(kernels[1], x, numbers, (x.block_m, x.block_n, masked, *what, summed, tma))
-                    for x, what in launches]  # fmt: skip
-            if kept:
-                numbers = scale, D, diagonal, begin * group, some * group, together_q, *m_range
-                run_dq = _prepare(kernels[2], plan_q, numbers, tiles)
-            else:
-                numbers = scale, divisor * LOG2E, D, diagonal, together_q
-                run_dq = _prepare(hopper_dq_kernel, plan_q, numbers, (*tiles, masked and diagonal % plan_q.block_n > 0))
-            parts.append((runs, run_dq, slice(begin, begin + some)))
-    copied = [tma and not _readable_by_tma(x) for x in (q, k, v, do)]
-
-    def call(q, k, v, out, lse, do, dlse):
-        with _scratch(q):
-            aug, delta = q.new_empty((B, H, M, 16), dtype=torch.bfloat16), _lse_like(q)
-            ds = q.new_empty((heads * group, padded_n, rows) if keeps else (1, 128, 128))
-            dq = _out_like(q) if of_q else None
-            dk, dv = (_out_like(x) if of_kv else x for x in (k, v))
-            parts_of = dk, dv
-            if summed:
-                dk, dv, *parts_of = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v, k, v))
-            lse = lse.contiguous()
-            run_delta(out, do, lse, lse if dlse is None else dlse.contiguous(), aug, delta)
-            if any(copied):
-                q, k, v, do = (x.clone(memory_format=torch.contiguous_format) if copy else x
-                               for x, copy in zip((q, k, v, do), copied))  # fmt: skip
-            for runs, run_dq, some in parts:
-                for run in runs:
-                    run(q, do, aug, k, v, *parts_of, ds)
-                if of_q:
-                    run_dq(dq, k, ds) if kept else run_dq(dq, q, do, lse, delta, k, v)
-                if summed:
-                    for total, part in zip((dk, dv), parts_of):
-                        total.flatten(0, 1)[some] += part.flatten(0, 1)[some]
-        if not of_kv:
-            return dq, None, None
-        if summed:
-            dk, dv = _out_like(k).copy_(dk), _out_like(v).copy_(dv)
-        return dq, dk, dv
-
-    return call
+    numbers, block_d = (scale * LOG2E, D, diagonal), configs.padded(D)
+    tuning = config or configs.best(_gpu(q.device)[0], D, q.dtype, B * H, M, N)
+    general, on_hopper = forward_kernel, configs.hopper_general(D)
+    if tuning.kernel == "hopper_forward" and (
+        # fast_div is exact below 2^20, row offsets are int32, and -inf * scale must be -inf.
+        B * H * triton.cdiv(M, 128) >= 2**19 or max(*q.stride(), *out.stride()) >= 2**31
+        or M * out.stride(2) >= 2**31 or B * q.stride(0) >= 2**31 * max(1, q.stride(2))
+        or D < 16 or scale < 2.0**-100
+    ):  # fmt: skip
+        tuning = on_hopper
+    is_wide, for_tma, aligned = zip(_facts(q), _facts(k), _facts(v))
+    if tuning.kernel == "hopper_forward" and (D < block_d or not all(for_tma)):
+        if k.stride(1) == v.stride(1) == 0:  # one head, expanded: TMA takes no stride of 0
+            k, v = k[:, 0].unsqueeze(1), v[:, 0].unsqueeze(1)
+        q, k, v = _for_tma(q, D < block_d), _for_tma(k), _for_tma(v)
+        is_wide, for_tma, aligned = zip(_facts(q), _facts(k), _facts(v))
+    if any(is_wide) or out.numel() >= 2**31:
+        general = WIDE[forward_kernel]
+    layout = q.dtype, block_d, q.device, D % 16 == 0 and all(aligned), False
+    block_m, block_n, tensors = tuning.block_m, tuning.block_n, (q, k, v, out, lse)
+    if tuning.kernel != "hopper_forward":
+        launch(general, tuning, tensors, numbers, (block_m, block_n, block_m), layout)
+        return out, lse
+    running_max, is_dense = q.dtype == torch.float16, diagonal == N
+    # A mask after the loop is enough where the last tile holds all that is masked: the end of the
+    # keys, and the diagonal if block_n divides it and the tile is square. A running maximum must
+    # not see a hidden key. BLOCK_D = 256 has no code after the loop.
+    masked = not is_dense and (diagonal % block_n > 0 or block_n < block_m)
+    if running_max or block_d == 256:
+        masked = not is_dense or N % block_n > 0
+    num_programs = _gpu(q.device)[1]
+    paired = int(not is_dense and B * H * triton.cdiv(M, block_m) > num_programs)
+    constants = block_m, block_n, masked, running_max, exact_lse and not running_max
+    hopper_numbers = *numbers, num_programs, paired
+    launch(hopper_forward_kernel, tuning, tensors, hopper_numbers, constants, layout)
+    if not running_max:
+        constants = on_hopper.block_m, on_hopper.block_n, FIXUP_ROWS
+        launch(general, on_hopper, tensors, numbers, constants, layout)
+    return out, lse
 
 
-def _gradients(q, k, v, out, lse, do, dlse, is_causal, scale, of_q, of_kv):
-    """dq, dk, dv, or None for those that are not asked for."""
+def _chunks(B, Hk, group, M, N, itemsize):
+    """(batches, heads of keys, queries) that one ds covers. M, N: multiples of 128."""
+    bytes_per_row = group * N * itemsize
+    fit = max(DS_BYTES // (bytes_per_row * M), triton.cdiv(DS_KEYS, N))
+    fit = max(1, min(fit, 2 * DS_BYTES // (bytes_per_row * 128)))
+    alike = lambda whole, most: triton.cdiv(whole, triton.cdiv(whole, most))  # chunks of one size
+    batches, heads = alike(B, max(1, fit // Hk)), alike(Hk, fit)
+    rows = 2 * DS_BYTES // (batches * heads * bytes_per_row)
+    rows = min(rows, 2**24 // group)  # fast_div of dkdv_kernel
+    return batches, heads, min(M, max(128, rows // 128 * 128))
+
+
+def _backward(q, k, v, out, lse, do, dlse, is_causal, scale, needs_q, needs_kv):
+    """dq, dk, dv; None for a gradient that is not needed."""
+    if q.is_cuda and q.device.index != torch.cuda.current_device():
+        with torch.cuda.device(q.device):
+            return _backward(q, k, v, out, lse, do, dlse, is_causal, scale, needs_q, needs_kv)
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    q, k, v, do = (x.resolve_neg() for x in (q, k, v, torch.zeros_like(out) if do is None else do))
-    key = (
-        "gradients", *((x.shape, x.stride(), x.data_ptr() % 16) for x in (q, k, v, out, do)),
-        q.dtype, q.device, dlse is None, is_causal, scale, of_q, of_kv,
-    )  # fmt: skip
-    make = lambda: _plan_gradients(q, k, v, out, do, dlse is not None, is_causal, scale, of_q, of_kv)
-    return _kept(_calls.get(key), key, make, None, q, k, v, out, lse, do, dlse)
+    do, lse = torch.zeros_like(out) if do is None else do, lse.contiguous()
+    dlse = dlse if dlse is None else dlse.resolve_neg().contiguous()
+    q, k, v, do = q.resolve_neg(), k.resolve_neg(), v.resolve_neg(), do.resolve_neg()
+    if do.stride(3) != 1:  # the gradient of a sum is one number, expanded
+        do = do.contiguous()
+    (B, H, M, D), (Hk, N) = q.shape, k.shape[1:3]
+    dq = _out_like(q) if needs_q else None
+    dk, dv = (_out_like(k), _out_like(v)) if needs_kv else (k, v)
+    group, padded_m, padded_n = H // Hk, (M + 127) // 128 * 128, (N + 127) // 128 * 128
+    scale = D**-0.5 if scale is None else float(scale)
+    # 1 / divisor must be finite. With a scale below 2^-60 scores are 0 beside lse: p is the same.
+    divisor = scale if abs(scale) > 2.0**-60 else 2.0**-60
+    diagonal = _diagonal(is_causal, M, N)
+
+    # Tunings of dkdv_kernel, of the kernel for dq, and of dkdv_kernel for dk alone, or None.
+    # dq_kernel needs ds in memory, hopper_dq_kernel does not. Wide tensors take the plain kernels,
+    # and so does ds alone, for which the pass does not specialise.
+    tunings = configs.best_gradient(_gpu(q.device)[0], D, q.dtype)
+    is_wide, for_tma, aligned = zip(*map(_facts, (q, k, v, do, out)))
+    is_wide = any(is_wide) or max(q.numel(), k.numel(), 16 * B * H * M) >= 2**31
+    keep_ds = tunings[1].kernel == "dq" or is_wide
+    batches, heads, rows = B, Hk, padded_m
+    if keep_ds:
+        batches, heads, rows = _chunks(B, Hk, group, padded_m, padded_n, q.element_size())
+        is_wide |= batches * heads * group * padded_n * rows >= 2**31
+    if is_wide or keep_ds and not needs_kv:
+        tunings = configs.best_gradient(_gpu(q.device)[0], D, q.dtype, specialised=False)
+    of_dkdv, of_dq, of_dk = tunings
+    if (tma := of_dkdv.kernel == "hopper_dkdv") and not all(for_tma[:4]):
+        q, k, v, do = map(_for_tma, (q, k, v, do))
+        aligned = [_facts(x)[2] for x in (q, k, v, do, out)]
+    write_ds = keep_ds and needs_q or needs_kv and of_dk is not None
+    modes = []  # of dkdv_kernel: (Tuning, write_ds, with_dk, with_dv)
+    if write_ds or needs_kv:
+        modes.append((of_dkdv, write_ds, needs_kv and of_dk is None, needs_kv))
+    if needs_kv and of_dk is not None:
+        modes.append((of_dk, False, True, False))
+
+    # A kernel takes every argument: a small ds, and k and v as dk and dv, where none is written.
+    aug, delta = q.new_empty((B, H, M, 16), dtype=torch.bfloat16), torch.empty_like(lse)
+    ds = q.new_empty((batches, heads * group, padded_n, rows) if write_ds else (1, 1, 128, 128))
+    is_whole, is_summed = (batches, heads) == (B, Hk) and rows >= M, needs_kv and rows < M
+    if is_summed:  # over chunks of queries, in float32
+        dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (dk, dv))
+    layout = q.dtype, configs.padded(D), q.device, D % 16 == 0 and all(aligned), False
+    of_delta, of_keys, of_queries = delta_kernel, dkdv_kernel, dq_kernel
+    if is_wide:
+        of_delta, of_keys, of_queries = (WIDE[x] for x in (of_delta, of_keys, of_queries))
+    tensors = out, do, lse, lse if dlse is None else dlse, aug, delta
+    constants = configs.DELTA.block_m, dlse is not None
+    launch(of_delta, configs.DELTA, tensors, (1 / divisor, D), constants, layout)
+    for b, h, m in itertools.product(
+        range(0, B, batches), range(0, Hk, heads), range(0, M, rows)
+    ):
+        numbers = D, diagonal if diagonal == N else diagonal + m
+        q_, do_, aug_, dq_, k_, v_, dk_, dv_ = q, do, aug, dq, k, v, dk, dv
+        if not is_whole:
+            part = slice(b, b + batches), slice(h, h + heads)
+            k_, v_, dk_, dv_ = (x[part] for x in (k, v, dk, dv))
+            part = part[0], slice(h * group, (h + heads) * group), slice(m, m + rows)
+            q_, do_, aug_, dq_ = (x if x is None else x[part] for x in (q, do, aug, dq))
+        if is_summed:
+            dk_sum, dv_sum, dk_, dv_ = dk_, dv_, torch.empty_like(dk_), torch.empty_like(dv_)
+        for tuning, *mode in modes:
+            constants = tuning.block_m, tuning.block_n, diagonal < N, *mode, tma
+            launch(of_keys, tuning, (q_, do_, aug_, k_, v_, dk_, dv_, ds),
+                   (scale, divisor * LOG2E, *numbers), constants,
+                   (*layout[:4], is_summed))  # fmt: skip
+        if is_summed:
+            dk_sum += dk_
+            dv_sum += dv_
+        if needs_q and keep_ds:
+            constants = of_dq.block_m, of_dq.block_n
+            launch(of_queries, of_dq, (dq_, k_, ds), (scale, *numbers), constants, layout)
+        elif needs_q:
+            masked = diagonal < N and diagonal % of_dq.block_n > 0
+            launch(hopper_dq_kernel, of_dq, (dq_, q_, do_, lse, delta, k_, v_),
+                   (scale, divisor * LOG2E, *numbers), (of_dq.block_m, of_dq.block_n, masked),
+                   layout)  # fmt: skip
+    if not needs_kv:
+        return dq, None, None
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+# ---- Operators and autograd ----------------------------------------------------------------------
+# Under torch.compile, torch.export, dispatch modes and for subclasses of Tensor, a call is one
+# operator. Its name contains the module's: two copies of this file can be imported.
+_NAME = __name__.replace(".", "_")
+
+
+@torch.library.custom_op(f"{_NAME}::forward", mutates_args=())
+def _forward_operator(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    variant: int, scale: float | None, exact_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    return _forward(q, k, v, variant, scale, None, exact_lse)
+
+
+@_forward_operator.register_fake
+def _(q, k, v, variant, scale, exact_lse):
+    return _out_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op(f"{_NAME}::backward", mutates_args=())
+def _backward_operator(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+    do: torch.Tensor | None, dlse: torch.Tensor | None, variant: int, scale: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    return _backward(q, k, v, out, lse, do, dlse, variant, scale, True, True)
+
+
+@_backward_operator.register_fake
+def _(q, k, v, out, lse, do, dlse, variant, scale):
+    return _out_like(q), _out_like(k), _out_like(v)
+
+
+# As torch counts SDPA: two products forward, five backward, causal or not.
+for _flops, _operator in ((4, "forward"), (10, "backward")):
+    register_flop_formula(getattr(getattr(torch.ops, _NAME), _operator))(
+        lambda q, k, *_, flops=_flops, **__: flops * math.prod(q) * k[2])  # fmt: skip
+
+
+def _is_traced(*tensors):
+    plain = all(type(x) is torch.Tensor or type(x) is torch.nn.Parameter for x in tensors)
+    return not plain or torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+
+
+def _dispatch(q, k, v, is_causal, scale, config, exact_lse):
+    """out and lse, by the operator where torch traces the call."""
+    if _is_traced(q, k, v):
+        return _forward_operator(q, k, v, int(is_causal), scale, exact_lse)
+    return _forward(q, k, v, is_causal, scale, config, exact_lse)
 
 
 class _Attention(torch.autograd.Function):
-    """flash_attention with its gradient, eagerly."""
-
     @staticmethod
-    def forward(ctx, q, k, v, is_causal, scale, enable_gqa, config, exact_lse):
-        out, lse = _eager(q, k, v, is_causal, scale, enable_gqa, config, exact_lse)
+    def forward(ctx, q, k, v, is_causal, scale, config):
+        out, lse = _dispatch(q, k, v, is_causal, scale, config, True)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.options = int(is_causal), scale
         ctx.set_materialize_grads(False)
@@ -1199,85 +1167,33 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dlse):
-        if _get_current_dispatch_mode() is not None:  # FlopCounterMode, around backward() alone
-            return *_differentiate(ctx, do, dlse), None
-        (variant, scale), (of_q, *of_kv) = ctx.options, ctx.needs_input_grad[:3]
-        grads = _gradients(*ctx.saved_tensors, do, dlse, _masking(variant), scale, of_q, any(of_kv))
-        return *grads, *[None] * 5
-
-
-def _masking(variant):
-    """is_causal of an operator's integer."""
-    return CausalVariant(variant) if variant else False
-
-
-# The same as an operator, for torch.compile, torch.export, dispatch modes and fake tensors. Its name
-# has the module's in it: the file may be there twice.
-@torch.library.custom_op(f"{__name__.replace('.', '_')}::forward", mutates_args=())
-def _operator(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: int, scale: float | None, enable_gqa: bool,
-    exact_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    return _eager(q, k, v, _masking(variant), scale, enable_gqa, None, exact_lse)
-
-
-@_operator.register_fake
-def _(q, k, v, variant, scale, enable_gqa, exact_lse):
-    _check(q, k, v, _masking(variant), scale, enable_gqa, None)
-    return _out_like(q), _lse_like(q)
-
-
-@torch.library.custom_op(f"{__name__.replace('.', '_')}::backward", mutates_args=())
-def _backward_operator(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, do: torch.Tensor,
-    dlse: torch.Tensor | None, variant: int, scale: float | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    return _gradients(q, k, v, out, lse, do, dlse, _masking(variant), scale, True, True)
-
-
-@_backward_operator.register_fake
-def _(q, k, v, out, lse, do, dlse, variant, scale):
-    return _out_like(q), _out_like(k), _out_like(v)
-
-
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3], *output)
-    ctx.options = inputs[3:5]
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, do, dlse):
-    q, k, v, out, lse = ctx.saved_tensors
-    do = torch.zeros_like(out) if do is None else do
-    return *_backward_operator(q, k, v, out, lse, do, dlse, *ctx.options), *[None] * 4
-
-
-_operator.register_autograd(_differentiate, setup_context=_save)
-_operators = getattr(torch.ops, __name__.replace(".", "_"))
-# As torch counts SDPA: 2 products forward and 5 backward, causal or not.
-register_flop_formula(_operators.forward)(lambda q, k, *_, **__: 4 * math.prod(q) * k[2])
-register_flop_formula(_operators.backward)(lambda q, k, *_, **__: 10 * math.prod(q) * k[2])
-
-
-def _lower_right(is_causal):
-    """What SDPA's flash backend means: CausalBias relies on it, plain is_causal has M = N there."""
-    return CausalVariant.LOWER_RIGHT if is_causal else False
+        tensors = *ctx.saved_tensors, do, dlse  # once: selective checkpointing unpacks once
+        if _is_traced(*tensors[:3]):
+            grads = _backward_operator(*tensors, *ctx.options)
+        else:
+            needs_q, *needs_kv = ctx.needs_input_grad[:3]
+            grads = _backward(*tensors, *ctx.options, needs_q, any(needs_kv))
+        return *grads, None, None, None
 
 
 def _sdpa_forward(q, k, v, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
     if dropout_p or return_debug_mask:
-        raise RuntimeError("flash_attn.py has no dropout: torch.nn.attention.restore_flash_attention_impl()")
-    out, lse = _eager(q, k, v, _lower_right(is_causal), scale, True, None, True)
-    no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.zeros((), dtype=torch.uint64, device=q.device)
-    return out, lse, None, None, q.size(2), k.size(2), *no_dropout, q.new_empty(0)
+        raise RuntimeError("flash_attn.py has no dropout: call "
+                           "torch.nn.attention.restore_flash_attention_impl()")  # fmt: skip
+    _check(q, k, v, is_causal, scale, True, None)
+    # is_causal of SDPA's flash backend is lower right: torch.nn.attention.bias relies on that.
+    out, lse = _forward(q, k, v, 2 * is_causal, scale, None, True)
+    seed, offset = (torch.zeros(n, dtype=torch.uint64, device=q.device) for n in ((2,), ()))
+    return out, lse, None, None, q.size(2), k.size(2), seed, offset, q.new_empty(0)
 
 
-def _sdpa_backward(do, q, k, v, out, lse, _q, _k, M, N, dropout_p, is_causal, _seed, _offset, *, scale=None):
-    return _gradients(q, k, v, out, lse, do, None, _lower_right(is_causal), scale, True, True)
+def _sdpa_backward(do, q, k, v, out, lse, _q, _k, M, N, dropout_p, is_causal, _seed, _offset, *,
+                   scale=None):  # fmt: skip
+    return _backward(q, k, v, out, lse, do, None, 2 * is_causal, scale, True, True)
 
 
 class _Registered:
-    """What torch.nn.attention keeps while SDPA's flash backend is this file, on CUDA or, for check.py, the CPU."""
+    """This file behind SDPA's flash backend, while torch keeps this object. key: CUDA, or CPU."""
 
     def __init__(self, key="CUDA"):
         self.library = torch.library.Library("aten", "IMPL")
@@ -1288,72 +1204,137 @@ class _Registered:
         self.library._destroy()
 
 
-# torch.nn.attention.activate_flash_attention_impl("helion") puts it behind SDPA, where torch has that.
-if hasattr(torch.nn.attention, "register_flash_attention_impl"):
+if hasattr(torch.nn.attention, "register_flash_attention_impl"):  # torch 2.13
     torch.nn.attention.register_flash_attention_impl("helion", register_fn=_Registered)
 
 
-def flash_attention(q, k, v, *, is_causal=False, scale=None, enable_gqa=False, return_lse=False, config=None):
-    """softmax(q k^T * scale) v as torch's scaled_dot_product_attention names it, and its gradient.
+# ---- The public function -------------------------------------------------------------------------
 
-    q: [B, H, M, D]; k, v: [B, Hk, N, D]. bfloat16, float16 or float32, all three the same; D is a
-    multiple of 8 up to 256; M and N are any lengths; any strides. float32 products keep float32's
-    precision (tf32x3). Sums are float32 throughout, and N * max|v| has to be below its 3.4e38.
+
+def _check(q, k, v, is_causal, scale, enable_gqa, config):
+    """Raise the error that flash_attention documents, or return nothing."""
+    if torch.jit.is_tracing():
+        raise RuntimeError("flash_attention does not run under torch.jit.trace: "
+                           "use torch.export.export or torch.compile")  # fmt: skip
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.is_nested:
+            raise ValueError(f"{name} must not be nested: pad it, or call once for each of "
+                             f"{name}.unbind()")  # fmt: skip
+        if x.dim() != 4:
+            raise ValueError(f"{name} must be 4-D [B, H, S, D], got shape {tuple(x.shape)}")
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
+        raise TypeError("q, k and v must have one dtype, bfloat16, float16 or float32, got "
+                        f"{q.dtype}, {k.dtype}, {v.dtype}")  # fmt: skip
+    if not q.device == k.device == v.device:
+        raise ValueError("q, k and v must be on one device, got "
+                         f"{q.device}, {k.device}, {v.device}")  # fmt: skip
+    (B, H, M, D), Hk = q.shape, k.shape[1]
+    if D % 8 or not 8 <= D <= 256:
+        raise ValueError(f"q's head dim (size(3)) must be a multiple of 8 up to 256, got {D}")
+    if k.shape[0] != B or k.shape[3] != D or v.shape != k.shape:
+        raise ValueError(f"k and v must be [{B}, Hk, N, {D}], as q is {tuple(q.shape)}, "
+                         f"got {tuple(k.shape)}, {tuple(v.shape)}")  # fmt: skip
+    if not (H == Hk or enable_gqa and Hk > 0 and H % Hk == 0):
+        divides = "divide" if enable_gqa else "(without enable_gqa) be"
+        raise ValueError(f"k's number of heads (size(1)) must {divides} q's {H}, got {Hk}")
+    if not isinstance(is_causal, (bool, CausalVariant)):
+        raise TypeError(f"is_causal must be a bool or a CausalVariant, got {is_causal!r}")
+    if not isinstance(enable_gqa, bool):
+        raise TypeError(f"enable_gqa must be a bool, got {enable_gqa!r}")
+    if not isinstance(scale, (float, int, type(None))):
+        raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
+    if scale is not None and not abs(scale) < 2e38:  # times log2(e) it has to be a float32
+        raise ValueError(f"scale must be finite and below 2e38, got {scale}")
+    if config is not None:
+        _check_config(q, k, is_causal, config)
+
+
+def _check_config(q, k, is_causal, config):
+    D = q.size(3)
+    if isinstance(config, helion.Config):
+        if is_causal is not False or q.size(1) != k.size(1) or D.bit_count() > 1:
+            raise ValueError("config is the report's: its kernel is dense, without GQA, and takes "
+                             "head dims that are powers of two")  # fmt: skip
+        if q.size(2) < 2 or k.size(2) < 2:  # helion 1.5.1 fails on batched products of size 1
+            raise ValueError("config is the report's: its kernel takes lengths of at least 2, got "
+                             f"{q.size(2)} and {k.size(2)}")  # fmt: skip
+        return
+    if not isinstance(config, configs.Tuning):
+        raise TypeError("config must be a Config or Tuning of configs.py, got "
+                        f"{type(config).__name__}")  # fmt: skip
+    if config.kernel == "hopper_forward":
+        if q.dtype == torch.float32 or D > config.head_dim:
+            raise ValueError(f"config takes 16-bit floats and head dims up to {config.head_dim}, "
+                             f"got {q.dtype} and {D}")  # fmt: skip
+        stages = config.config.config.get("range_num_stages")
+        if not isinstance(stages, list) or max(stages) > 2:  # rule 6
+            raise ValueError(f"config must have range_num_stages of at most 2, got {stages}")
+    major = {"hopper_forward": 9, "blackwell": 10}.get(config.kernel)
+    if major and q.is_cuda and (found := torch.cuda.get_device_capability(q.device))[0] != major:
+        raise ValueError(f"config takes GPUs of compute capability {major}.x, got {found}")
+
+
+def flash_attention(
+    q, k, v, *, is_causal=False, scale=None, enable_gqa=False, return_lse=False, config=None
+):
+    """softmax(q k^T * scale) v and its gradient, called as torch's scaled_dot_product_attention.
+
+    q: [B, H, M, D]; k, v: [B, Hk, N, D]. One dtype: bfloat16, float16 or float32. D: a multiple of
+        8 up to 256. Any lengths, any strides. float32 products keep float32's precision (tf32x3).
+        Sums are float32: N * max|v| has to stay below 3.4e38.
     is_causal: True: row i sees keys up to i (CausalVariant.UPPER_LEFT of torch.nn.attention.bias).
-    CausalVariant.LOWER_RIGHT: up to i + N - M, so that the last row sees all keys. A row that sees
-    none is 0. NaN or inf in v may spread to rows that do not see it, as in SDPA's math backend.
-    scale: a float of either sign or 0, below 2e38; 1 / sqrt(D) if None. Scores, q k^T * scale, have to be below
-    2e38, too; float16 on Hopper: below 10^8.
-    enable_gqa: Hk may be less than H, which it then divides: H / Hk heads of q in a row share one.
-    config: what to run, from configs.py. A Plan runs general_kernel, or on Hopper hopper_kernel, or on
-    Blackwell, with helion[cute], blackwell_kernel, which is compiled for each shape and leaves to
-    general_kernel what it does not take. A helion.Config is the report's and runs attention_kernel, dense
-    and compiled for each shape. None takes what configs.py knows to be best for this GPU.
-    Returns out: [B, H, M, D] in q's dtype and layout. With return_lse, out and lse: [B, H, M], float32,
-    the natural logarithm of each row's sum of exp(q k^T * scale), -inf for a row that sees nothing. out is
-    the same, bit for bit.
-    Differentiable once, with respect to q, k, v, out and lse, and the same bits at every run. The gradient takes
-    about 1 GB for a while: less where all scores take less; where one head's take more, 16 bytes more for each
-    element of k and v, and as much as the scores of 128 queries of a group of heads. With D from 40 to 64 in 16
-    bits on Hopper it takes next to nothing.
-    Tensors are read where they are, heads of k and v that are one head expanded, too. Only what TMA
-    cannot read, rows that are not contiguous or do not start at multiples of 16 bytes, and a batch that
-    is expanded, is copied, for hopper_kernel; and q in [B, S, H, D], where that fills D up with zeros.
-    The first call of a kind (head dim, dtype, masking, alignment, config) compiles, for seconds; batch,
-    heads, lengths and scale are run-time values. On Hopper few keys, N <= 128, and, in bf16 up to D = 64, few
-    queries, M < 1024 or B * H * M < 2^17, are kinds of their own, which may differ in the last bits of out. Inside
-    CUDA graph capture a kind must not be new.
-    Under torch.compile, torch.export and dispatch modes (make_fx, selective checkpointing,
-    FlopCounterMode) it is one operator, torch.ops.flash_attn.forward, and config has to be None.
+        CausalVariant.LOWER_RIGHT: up to i + N - M, so that the last row sees all keys. A row that
+        sees no key is 0. NaN or inf in v may reach rows that do not see it, as in SDPA's math
+        backend.
+    scale: a float below 2e38; 1 / sqrt(D) if None. Scores, q k^T * scale, have to stay below 2e38,
+        too (float16 on Hopper: below 1e8).
+    enable_gqa: Hk may divide H: H / Hk heads of q in a row share a head of k and v.
+    config: None takes the best that configs.py knows for this GPU. A Tuning runs the kernel that it
+        names. A helion.Config is the report's: dense, compiled for each shape, no gradient.
+
+    Returns out: [B, H, M, D], in q's dtype and layout. With return_lse (out, lse), lse: [B, H, M],
+    float32, the natural logarithm of each row's sum of exp(q k^T * scale); -inf for a row that sees
+    no key. out is the same, bit for bit.
+    Differentiable once, with respect to q, k and v, through out and lse; the same bits at each run.
+    The gradient takes up to 1 GB for a while; on Hopper for head dims from 40 to 64, nothing.
+    The Hopper kernels read copies of tensors that TMA cannot read: rows that are not contiguous or
+    do not start at multiples of 16 bytes, expanded batches, and a q whose head dim is padded and
+    whose heads share a row.
+    The first call of a kind compiles for seconds. Kinds differ in dtype, padded head dim, mask,
+    alignment, config, return_lse, and the gradients that are needed. On Hopper these lengths make
+    another kind, once each: N <= 128; in bf16 up to D = 64, M < 1024 or B * H * M < 2^17; in
+    float16 or D > 128, an N that the tile (128, 64) does not divide; with LOWER_RIGHT, such an
+    N - M. So do tensors of 2^31 elements. A CUDA graph cannot capture a first call.
+    Under torch.compile, torch.export and dispatch modes (make_fx, FlopCounterMode, selective
+    checkpointing), and for subclasses of Tensor, it is one operator, and config has to be None.
     Under autocast q, k and v are cast as SDPA's are.
-    Raises TypeError or ValueError, before anything is compiled, on input outside of the above: the
-    message names the argument, what it was and what is accepted. Under torch.func, torch.vmap and
-    torch.jit.trace RuntimeError.
+    Raises TypeError or ValueError before anything is compiled; the message names the argument.
+    RuntimeError under torch.func, torch.vmap, torch.jit.trace and forward-mode differentiation.
     """
-    if return_lse and isinstance(config, helion.Config):
-        raise ValueError("config is the report's, whose kernel has no lse to return")
-    if isinstance(q, torch.Tensor) and q.device.type in ("cuda", "cpu") and torch.is_autocast_enabled(q.device.type):
+    if torch._C._is_any_autocast_enabled() and isinstance(q, torch.Tensor) and (
+        q.device.type in ("cuda", "cpu") and torch.is_autocast_enabled(q.device.type)
+    ):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) if getattr(x, "dtype", None) in DTYPES else x for x in (q, k, v))
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v)):
-        raise RuntimeError("flash_attention has no forward-mode derivative")
-    gradient = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (q, k, v))
-    if gradient and isinstance(config, helion.Config):
-        raise ValueError("config is the report's, whose kernel has no gradient: detach q, k and v")
-    exact_lse = return_lse or gradient  # which takes p from it
-    is_compiling = torch.compiler.is_compiling()
-    if gradient and not is_compiling and torch._C._functorch.maybe_current_level() is not None:
-        raise RuntimeError(
-            "flash_attention has no gradient under torch.func: take it by torch.autograd.grad"
-        )
-    # A mode sees the operator: of the eager call it would see the memory and not the kernels.
-    is_seen = is_compiling or _get_current_dispatch_mode() is not None
-    if is_seen or type(q) not in (torch.Tensor, torch.nn.Parameter):
-        _check(q, k, v, is_causal, scale, enable_gqa, config)
-        if config is not None:
-            raise ValueError("config must be None under torch.compile and dispatch modes, and for subclasses")
-        out, lse = _operator(q, k, v, int(is_causal), scale, enable_gqa, exact_lse)
+    _check(q, k, v, is_causal, scale, enable_gqa, config)
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if isinstance(config, helion.Config) and (return_lse or needs_grad):
+        raise ValueError("config is the report's: its kernel has no lse and no gradient")
+    if config is not None and _is_traced(q, k, v):
+        raise ValueError("config must be None under torch.compile, under dispatch modes and for "
+                         "subclasses of Tensor")  # fmt: skip
+    if not torch.compiler.is_compiling():
+        if torch._C._functorch.maybe_current_level() is not None:
+            raise RuntimeError("flash_attention does not run under torch.func and torch.vmap: fold "
+                               "the mapped dimension into B, and take torch.autograd.grad outside")
+        if forward_ad._current_level >= 0 and any(
+            forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v)
+        ):
+            raise RuntimeError("flash_attention has no forward-mode derivative")
+    if needs_grad:
+        out, lse = _Attention.apply(q, k, v, is_causal, scale, config)
     else:
-        run = _Attention.apply if gradient else _eager
-        out, lse = run(q, k, v, is_causal, scale, enable_gqa, config, exact_lse)
+        out, lse = _dispatch(q, k, v, is_causal, scale, config, return_lse)
     return (out, lse) if return_lse else out
