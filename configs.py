@@ -1,8 +1,11 @@
-"""Every tuned constant of the kernels in flash_attn.py, and the functions that pick one.
+"""The tilings of the kernels in flash_attn.py, and the functions that pick one.
 
-First the published report's three configurations (NVIDIA B200, bf16, 2026-01-24), then ours.
+First the three configurations of the report that this project began with ("the report" here: NVIDIA
+B200, bf16, 2026-01-24, Helion against SDPA; its tables are in the README), then ours.
 """
 import dataclasses
+import functools
+import warnings
 
 import torch
 import torch._inductor.runtime.triton_compat as triton_compat
@@ -19,7 +22,7 @@ import triton
 
 # From Helion's autotuner for [16, 64, 4096, 128], as the report prints it. The listing ends in
 # "# ...": other fields have Helion's defaults. 32 x 16 tiles are too small for wgmma (64 rows) and
-# tcgen05 (128 rows): sm_90 and sm_100 run HMMA, Ampere's instruction. That is why it lost.
+# tcgen05 (128 rows): sm_90 and sm_100 run HMMA, Ampere's instruction, and SDPA is faster.
 AUTOTUNED = helion.Config(
     block_sizes=[2, 32, 16],
     indexing=["tensor_descriptor", "pointer", "tensor_descriptor", "tensor_descriptor"],
@@ -52,12 +55,13 @@ CONFIGS = {"autotuned": AUTOTUNED, "tma_persistent": TMA_PERSISTENT, "tile128": 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # equal by identity: a Config is slow to hash
 class Tuning:
-    """A kernel of flash_attn.py ("forward" for forward_kernel) and what it is compiled with."""
-    kernel: str
+    """A kernel of flash_attn.py and what it is compiled with."""
+    kernel: str  # "forward", "hopper_forward", "delta", "dkdv", "dq": <name>_kernel; "hopper_dkdv":
+    # dkdv_kernel with tma; "hopper_dq": hopper_dq_kernel; "blackwell": report_kernel with cute
     block_m: int  # queries a tile
     block_n: int  # keys a tile
-    config: helion.Config
-    head_dim: int = 256  # of hopper_forward_kernel: the largest that its tiles leave registers for
+    helion_config: helion.Config
+    head_dim: int = 256  # the largest one, for which "hopper_forward" has registers
 
 
 def _tuning(kernel, block_m, block_n, num_warps, num_stages, **options):
@@ -65,37 +69,45 @@ def _tuning(kernel, block_m, block_n, num_warps, num_stages, **options):
     return Tuning(kernel, block_m, block_n, config)
 
 
-def _general(*sizes):  # as TILE128: query tiles of one head run back to back
-    return _tuning("forward", *sizes, loop_orders=[[1, 0]])
+def _general(block_m, block_n, num_warps, num_stages):
+    """Of forward_kernel. As in TILE128, query tiles of one head run back to back."""
+    return _tuning("forward", block_m, block_n, num_warps, num_stages, loop_orders=[[1, 0]])
 
 
 def _gradient(dkdv, dq, dk=None):
-    """Of dkdv_kernel, of dq_kernel, and of dkdv_kernel for dk alone, or None."""
+    """Of dkdv_kernel, of dq_kernel, and of dkdv_kernel for dk alone, or None. Each argument:
+    block_m, block_n, num_warps, num_stages."""
     return _tuning("dkdv", *dkdv), _tuning("dq", *dq), _tuning("dkdv", *dk) if dk else None
 
 
-# Triton versions whose barriers inval_dead_mbarriers knows. With another one the plain kernels run.
-SPECIALISED = triton.__version__.startswith(("3.6.", "3.7."))
+# Triton versions in which check.py has seen that the Hopper kernels are right. With another one the
+# plain kernels run. The first two need inval_dead_mbarriers of flash_attn.py.
+DEAD_MBARRIERS = triton.__version__.startswith(("3.6.", "3.7."))
+SPECIALISED = DEAD_MBARRIERS or triton.__version__.startswith("3.9.")
 
 # Hopper, bf16 and fp16, D up to 128. One program per SM: q, a last V and two stages of K and V fill
-# shared memory. maxnreg is each of 12 warps' share; Triton moves registers from the loading warps.
-HOPPER = Tuning("hopper_forward", 128, 128, helion.Config(
+# shared memory. num_warps is that of one warpgroup; there are three. maxnreg is a thread's share;
+# Triton moves registers from the loading warpgroup to the others.
+_HOPPER = helion.Config(
     host_tensor_descriptors=True, indexing="tensor_descriptor", maxnreg=168, num_stages=2,
     num_warps=4, pid_type="persistent_interleaved", range_num_stages=[1, 2],
-    range_warp_specializes=[None, True]), head_dim=128)  # fmt: skip
-HOPPER_64 = Tuning("hopper_forward", 256, 64, HOPPER.config, head_dim=64)  # reads K half as often
-HOPPER_256 = Tuning("hopper_forward", 128, 64, HOPPER.config)  # 229,664 of 232,448 bytes shared
+    range_warp_specializes=[None, True])  # fmt: skip
+HOPPER = Tuning("hopper_forward", 128, 128, _HOPPER, head_dim=128)
+HOPPER_64 = Tuning("hopper_forward", 256, 64, _HOPPER, head_dim=64)  # reads K half as often
+HOPPER_256 = Tuning("hopper_forward", 128, 64, _HOPPER)  # 229,664 of 232,448 bytes shared
 # forward_kernel on Hopper: the fix-up, and each call that hopper_forward_kernel does not take.
 HOPPER_GENERAL, HOPPER_GENERAL_256 = _general(128, 128, 8, 2), _general(128, 64, 8, 2)
 # The gradient keeps k and v of a tile in shared memory; TMA loads q, do and aug.
-HOPPER_DKDV = Tuning("hopper_dkdv", 64, 128, helion.Config(
-    host_tensor_descriptors=True, indexing=["tensor_descriptor"] * 3 + ["pointer"] * 3,
-    num_stages=2, num_warps=4, pid_type="flat", range_num_stages=[0, 2],
-    range_warp_specializes=[None, True]))  # fmt: skip
-HOPPER_DKDV_64 = Tuning("hopper_dkdv", 128, 128, HOPPER_DKDV.config)
-HOPPER_DQ_64 = Tuning("hopper_dq", 128, 128, helion.Config(
-    **{**HOPPER_DKDV.config.config, "indexing": "tensor_descriptor"}))  # fmt: skip
-# dk of D > 128 by a launch of its own (1.4x): with two sums in registers 64 x 128 tiles do not fit.
+_HOPPER_GRADIENT = dict(host_tensor_descriptors=True, pid_type="flat", range_num_stages=[0, 2],
+                        range_warp_specializes=[None, True])  # fmt: skip
+HOPPER_DKDV, HOPPER_DKDV_64 = (
+    _tuning("hopper_dkdv", block_m, 128, 4, 2, **_HOPPER_GRADIENT,
+            indexing=["tensor_descriptor"] * 3 + ["pointer"] * 3)
+    for block_m in (64, 128)
+)  # fmt: skip
+HOPPER_DQ_64 = _tuning("hopper_dq", 128, 128, 4, 2, **_HOPPER_GRADIENT,
+                       indexing="tensor_descriptor")  # fmt: skip
+# D > 128: a launch of its own for dk is 1.4x faster; dk and dv together do not fit in registers.
 HOPPER_GRADIENT = _gradient((64, 128, 8, 2), (128, 64, 8, 3))
 HOPPER_GRADIENT_256 = _gradient((64, 128, 8, 1), (128, 64, 8, 4), (64, 128, 8, 4))
 
@@ -129,6 +141,17 @@ def hopper_general(head_dim):
     return HOPPER_GENERAL_256 if head_dim > 128 else HOPPER_GENERAL
 
 
+@functools.lru_cache
+def warn_of_plain_kernels():
+    """Once: Hopper with an untried Triton has plain kernels, 1.6 to 2.2 times the time (H200)."""
+    warnings.warn(
+        "The Hopper kernels of flash_attn.py were tried with Triton 3.6, 3.7 and 3.9. With "
+        f"{triton.__version__} plain kernels run, at half of the speed. To try the Hopper kernels: "
+        "`python check.py -k hopper`, then flash_attention(..., config=configs.HOPPER)",
+        stacklevel=2,
+    )
+
+
 def best(capability, head_dim, dtype, heads, M, N):
     """The Tuning of the forward.
 
@@ -138,6 +161,8 @@ def best(capability, head_dim, dtype, heads, M, N):
     if dtype == torch.float32:
         return FLOAT32[padded(head_dim)]
     if capability == (9, 0):
+        if not SPECIALISED:
+            warn_of_plain_kernels()
         if N <= 128 or not SPECIALISED:
             return hopper_general(head_dim)
         # 256-row tiles pay where little of the last tile is wasted and there are several waves.
@@ -148,9 +173,10 @@ def best(capability, head_dim, dtype, heads, M, N):
     return GENERAL[padded(head_dim)]
 
 
-def best_gradient(capability, head_dim, dtype, specialised=SPECIALISED):
+def best_gradient(capability, head_dim, dtype, specialised=True):
     """The Tunings of dkdv_kernel, of the kernel for dq, and of dkdv_kernel for dk alone, or None.
     Arguments as for `best`. specialised: Hopper's specialised kernels may be taken."""
+    specialised = specialised and SPECIALISED
     block_d = padded(head_dim)
     if dtype == torch.float32:
         return GRADIENT_FLOAT32[block_d]

@@ -1,4 +1,4 @@
-"""Flash attention in Helion: softmax(q k^T * scale) v and its gradient, without a score matrix.
+"""Flash attention in Helion: softmax(q k^T * scale) v and its gradient, tile by tile.
 
     from flash_attn import flash_attention
     out = flash_attention(q, k, v, is_causal=True)      # q, k, v, out: [B, H, S, D]
@@ -8,7 +8,7 @@ Copy this file and configs.py side by side into your project: together they are 
 A map, from top to bottom:
     forward_kernel          the textbook loop: any GPU, any strides. Read this one first.
     hopper_forward_kernel   the same loop in the order that keeps an H100's tensor cores busy.
-    delta, dkdv, dq         the gradient; hopper_dq_kernel for head dims from 40 to 64 on Hopper.
+    delta, dkdv, dq         the gradient; hopper_dq_kernel for head dims 40 to 64 (padded: 64).
     report_kernel           the loop of the published report, and of Helion's Blackwell backend.
     Launching               what is compiled, what is kept.
     _forward, _backward     allocate, choose, launch.
@@ -39,7 +39,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 
 def _import_configs():
-    """configs.py beside this file, as a plain import gives it, unless another one is first."""
+    """configs.py beside this file, also where sys.path has another configs.py before it."""
     if __package__:
         return importlib.import_module(".configs", __package__)
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs.py")
@@ -70,29 +70,30 @@ loops._supports_warp_specialize = lambda offers=loops._supports_warp_specialize:
 LOG2E = 1.4426950408889634  # exp(x) = 2^(x LOG2E)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# ---- Rules of Triton's warp specialisation on sm_90 (3.6 to 3.9) ---------------------------------
+# ---- Rules of Triton's warp specialisation on sm_90 (Triton 3.6 to 3.9) --------------------------
 # The pass gives one warpgroup the loads and each of two others half of the rows of a tile. The
 # kernels refer to these rules by number.
-# 1. A tile is halved by shifting the row of its descriptor. Only a descriptor made in the kernel
-#    can be halved (load_matrix, load_resident); a host's keeps its full box (triton issue 11587).
-# 2. The pass shifts a row value for every use of the value, also after common-subexpression
-#    elimination. If a descriptor and a pointer both used m_block * block_m, the pointer would be
-#    shifted, too: rows of another tile, or NaN. So the kernels write a row a second time as
+# 1. A tile of q is halved by shifting the row of its descriptor. Only a descriptor made in the
+#    kernel can be halved (load_matrix, load_resident); a host's keeps its full box (triton issue
+#    11587). Tiles of the loop, K and V, are not halved: descriptors of the host serve them.
+# 2. The shift reaches every use of the row value, and the compiler joins equal values. If a
+#    descriptor and a pointer both used m_block * block_m, the pointer would be shifted, too: rows
+#    of another tile, or NaN. So the kernels write a row a second time as
 #    (m_block + 1) * block_m - block_m, and load_resident adds and subtracts a salt.
-# 3. A load that is not TMA goes to the loading warpgroup, which cannot pass it on (triton pull
-#    11283): load a vector of rows by inline PTX (load_row_vector).
-# 4. No reduction of the raw accumulator behind the loop: scale it first.
-# 5. A second loop, a product q k^T behind the loop, or an `if` on a run-time value in the loop make
+# 3. A load that is not TMA goes to the loading warpgroup, which cannot pass the result on (triton
+#    pull 11283): load a number per row by inline PTX (load_row_vector).
+# 4. No reduction of the raw accumulator after the loop: scale it first.
+# 5. A second loop, a product q k^T after the loop, or an `if` on a run-time value in the loop make
 #    the pass fail or, silently, not specialise: 4 warps instead of 12, kilobytes of spills.
 #    torch.where is fine.
-# 6. Two stages, no more: inval_dead_mbarriers knows the barriers of two.
+# 6. At most two stages: inval_dead_mbarriers knows the barriers of two.
 
 
 # ---- Helpers of the kernels ----------------------------------------------------------------------
 
 
 def int32(expression, *args):
-    """An int32 from a line of Triton: Helion's run-time integers are int64 (3% at D = 64)."""
+    """An int32 from a line of Triton: Helion's run-time integers are int64, 3% slower at D = 64."""
     like = hl.zeros([], dtype=torch.int32)
     return hl.inline_triton(f"tl.cast({expression}, tl.int32)", args=args, output_like=like)
 
@@ -124,13 +125,15 @@ def round_to_bf16(p):
 
 
 def inval_dead_mbarriers(x, this_round):
-    """x, an int32, which must be used. In round 0 of a program thread 0 invalidates two barriers.
+    """Return x, an int32: use the result. In a program's round 0 thread 0 invalidates two barriers.
 
     Triton 3.6 and 3.7 place unused mbarriers in the first 16 bytes of shared memory and then load
     the first tile over them without the mbarrier.inval that PTX asks for. Once in thousands of
-    launches the barriers come back over the tile, as NaN. Triton 3.8 invalidates them itself
-    (triton pull 9592).
+    launches a barrier is then written over the tile: NaN. From 3.8 on no tile takes the place of a
+    barrier (triton pull 9592), and nothing is done here.
     """
+    if not configs.DEAD_MBARRIERS:
+        return x
     asm = (
         "{{.reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; or.b32 t, t, $2; setp.eq.u32 p, t, 0;"
         " @p mbarrier.inval.shared::cta.b64 [global_smem];"
@@ -146,7 +149,7 @@ def inval_dead_mbarriers(x, this_round):
 
 
 def load_matrix(x, num_rows, num_columns, stride, row, column, block, block_d):
-    """[block, block_d] at (row, column) of a matrix that starts where x does, by TMA (rule 1)."""
+    """[block, block_d] at (row, column) of x's memory seen as one matrix, by TMA (rule 1)."""
     return hl.inline_triton(
         "tl.make_tensor_descriptor({0}, [{1}, {2}], [{3}, 1], [{4}, {5}]).load([{6}, {7}])",
         args=(x, num_rows, num_columns, stride, block, block_d, row, column),
@@ -157,7 +160,7 @@ def load_matrix(x, num_rows, num_columns, stride, row, column, block, block_d):
 def load_resident(x, strides, b, h, block_index, salt, head_dim, block, block_d):
     """Tile `block_index` of x[b, h], which stays in shared memory while the program runs (rule 1).
 
-    salt: a value that no other descriptor of the kernel has; it cancels out (rule 2).
+    salt: an expression that no other descriptor of the kernel has; it cancels out (rule 2).
     """
     return hl.inline_triton(
         "tl.make_tensor_descriptor("
@@ -170,7 +173,7 @@ def load_resident(x, strides, b, h, block_index, salt, head_dim, block, block_d)
 
 
 def load_row_vector(x, strides, b, h, block_index, block):
-    """x[b, h, rows] of a tile, float32; beyond x its last row (rule 3)."""
+    """x[b, h, rows] of a tile, float32; rows past the end give the last row's number (rule 3)."""
     rows = torch.clamp(block_index * block + hl.arange(block), max=x.size(2) - 1)
     return hl.inline_triton(
         "tl.inline_asm_elementwise('ld.global.f32 $0, [$1];', '=f,l', [({0}"
@@ -182,7 +185,7 @@ def load_row_vector(x, strides, b, h, block_index, block):
 
 
 def valid_columns(d, head_dim):
-    """Which columns d, padded to a power of two, a head has. Triton sees a multiple of 8 and loads
+    """True for the columns d that a head has. `// 8 * 8` shows Triton a multiple of 8: it loads
     whole vectors."""
     return d < int32("{0} // 8 * 8", head_dim)
 
@@ -191,7 +194,7 @@ def load_tile(x, b, h, rows, d, head_dim, tma):
     """x[b, h, rows, d], zeros beyond x."""
     if tma:
         return hl.load(x, [b, h, rows, slice(None)])
-    b, h = b.to(rows.dtype), h.to(rows.dtype)  # int32 becomes int64 where tensors are that large
+    b, h = b.to(rows.dtype), h.to(rows.dtype)  # int64 for tensors of 2^31 elements
     rows, d = rows.unsqueeze(1), d.unsqueeze(0)
     return hl.load(x, [b, h, rows, d], extra_mask=(rows < x.size(2)) & valid_columns(d, head_dim))
 
@@ -204,16 +207,17 @@ def store_tile(x, b, h, rows, d, head_dim, value):
 
 
 def keys_end(m_end, N, diagonal, block_n=1):
-    """Where the keys end that rows below m_end see, rounded up to block_n."""
+    """How many keys the rows before m_end see, rounded up to block_n."""
     expression = "tl.cdiv(tl.minimum({0}, tl.maximum(0, {1} + {2})), {3}) * {3}"
     return int32(expression, N, m_end, diagonal, block_n)
 
 
 # ---- The forward ---------------------------------------------------------------------------------
-# To change the mask, change the bounds of the loops over keys (keys_end) and queries (m_start of
-# dkdv_kernel), each torch.where on last_key or distance, and in hopper_forward_kernel the number of
-# visible keys in in_range. Then compare with SDPA's attn_mask at lengths around a tile's size, as
-# check.py does.
+# To change the mask, change the bounds of the loops over keys (keys_end; a window has a start, too)
+# and over queries (m_start and steps of dkdv_kernel), each comparison with last_key or distance,
+# the number of visible keys in in_range, and `masked` of the launches. Then compare with SDPA's
+# attn_mask at lengths around a tile's size, as check.py does, and each kernel by itself: the fix-up
+# repairs what hopper_forward_kernel leaves as NaN.
 
 
 def _forward_kernel(
@@ -227,7 +231,7 @@ def _forward_kernel(
     diagonal: int,  # row i sees keys up to i + diagonal
     block_m: hl.constexpr,
     block_n: hl.constexpr,
-    rows_per_program: hl.constexpr,  # block_m; more for the fix-up
+    rows_per_program: hl.constexpr,  # block_m; FIXUP_ROWS for the fix-up
 ) -> torch.Tensor:
     """Flash attention as in the paper, on any GPU, for any strides.
 
@@ -241,7 +245,7 @@ def _forward_kernel(
     BLOCK_D = hl.specialize(BLOCK_D)
     ln2 = 0.6931471805599453  # local: Helion makes a run-time argument of a module's constant
     lowest = -3e38  # below every score, and finite: -inf - -inf would be NaN
-    hl.pdl_wait()  # from sm_90 on a kernel is launched while the one before it still runs
+    hl.pdl_wait()  # for the kernel before, where launches overlap (PDL: sm_90 and later)
     for tile_bh, tile_rows in hl.tile([B * H, M], block_size=[1, rows_per_program]):
         b, h = tile_bh.begin // H, tile_bh.begin % H
         hk = h // (H // Hk)
@@ -291,26 +295,27 @@ def _hopper_forward_kernel(
     num_programs: int,  # one per SM
     paired: int,  # 1: a program takes query tiles in pairs, a long one and a short one
     block_m: hl.constexpr, block_n: hl.constexpr,
-    masked: hl.constexpr,  # mask every tile; otherwise only the last one, after the loop (_forward)
+    masked: hl.constexpr,  # mask every tile; else only the last one, after the loop
     running_max: hl.constexpr,
-    exact_lse: hl.constexpr,  # lse of p, not of the rounded p; the gradient needs it
+    exact_lse: hl.constexpr,  # lse of p, not of the rounded p: for the gradient and return_lse
 ) -> torch.Tensor:  # fmt: skip
     """The same loop in the order that keeps Hopper's tensor cores busy (FlashAttention-3).
 
-    Order (section 3.2): p v of the previous tile is issued behind q k^T of this tile, and the
+    Order (section 3.2): p v of the previous tile is issued after q k^T of this tile, and the
     exponentials of this tile run while the tensor cores work on both. The first p is 0; the last
     p v comes after the loop.
     Warps (section 3.1): Triton gives one warpgroup the loads, and each of two others half of the
     rows. Neither waits for the other.
-    Schedule: one program per SM walks over query tiles. With a causal mask the last tile of a head
-    costs most and the first one least, so a program takes them in pairs that cost the same.
+    Schedule: a persistent program per SM. Program w % num_programs runs index w of the grid. With a
+    causal mask the last query tile of a head costs most and the first one least, so a program takes
+    pairs that cost the same: tile i from the end, then tile i from the start.
 
     Softmax without a maximum (bf16). Softmax does not change when one number is subtracted from all
     scores of a row. The usual number is the row's maximum; here it is -offset, so the loop finds no
     maximum and rescales nothing (7% of the time dense, 19% causal). The result is as exact, unless
     a number leaves float32's range:
-    1. Too small: p below 2^-126 is lost. l_i >= n for n visible keys means that one p is at least
-       1, as the largest p is with the maximum subtracted: nothing more is lost.
+    1. Too small: a p below 2^-126 becomes 0. A row passes if l_i >= n, its number of visible keys:
+       then its largest p is at least 1, the largest p that a subtracted maximum gives.
     2. Too large: a p, a sum or a product beyond 2^128 leaves inf or NaN in l_i or acc.
     A row that fails a test stores lse = NaN, and the fix-up computes its 512 rows again. fp16's
     exponent range is too small for this: fp16 takes running_max.
@@ -320,9 +325,9 @@ def _hopper_forward_kernel(
     BLOCK_D = hl.specialize(BLOCK_D)  # padded, by TMA with zeros
     group = H // Hk
     ln2, lowest = 0.6931471805599453, -3e38
-    offset = 40.0  # bits: a score of 0 has 40 to the lower limit (p = 1) and 88 to the upper one
-    # q as one matrix with q's row stride: head (b, h) starts at row b row_b + h row_h and column
-    # b column_b + h column_h. One descriptor (rule 1) for all heads, made once per program. The
+    offset = 40.0  # a score of 0 gives p = 2^40: 40 bits above limit 1, 88 below limit 2
+    # q as one matrix with q's row stride: head (b, h) starts at row b * row_b + h * row_h, column
+    # b * column_b + h * column_h. One descriptor (rule 1) for all heads, made once per program. The
     # divisions stand here: Triton does not move them out of the loop.
     stride_b, stride_h, stride_m = q.stride(0), q.stride(1), q.stride(2)
     row_b, row_h = stride_b // stride_m, stride_h // stride_m
@@ -336,15 +341,14 @@ def _hopper_forward_kernel(
     hl.pdl_wait()
     hl.pdl_launch_dependents()  # the fix-up may start; it waits for this kernel's results
     for w in hl.grid(num_rounds * num_programs):
-        # Which query tile. The first tile of pair i is the i-th from the end, the second one the
-        # i-th from the start: together they cost the same for all i.
+        # Which query tile: work is the index of a tile or, if paired, of a pair.
         this_round = fast_div(w, num_programs)
         is_second = int32("{0} & {1}", this_round, paired)
         work = int32("({0} >> {1}) * {2} + {3} - {0} * {2}", this_round, paired, num_programs, w)
         bh = fast_div(work, works_per_head)
         i = int32("{0} - {1} * {2}", work, bh, works_per_head)
-        m_block = int32("{0} + (1 - {1}) * ({2} - 1 - 2 * {0})", i, is_second, num_m_blocks)
-        # Not valid: no work is left, or the second tile of a pair is the first one, in the middle.
+        m_block = int32("tl.where({1} > 0, {0}, {2} - 1 - {0})", i, is_second, num_m_blocks)
+        # Not valid: no work is left, or the pair in the middle has one tile only.
         is_valid = int32("({0} < {1}) & ({2} * (2 * {3} + 1) != {4})",
                          work, num_works, is_second, i, num_m_blocks)  # fmt: skip
         b = fast_div(bh, H)
@@ -358,7 +362,7 @@ def _hopper_forward_kernel(
         m_i = hl.full([block_m], lowest, dtype=torch.float32)
         l_i = hl.zeros([block_m], dtype=torch.float32)  # sum of the rounded p
         l_exact = hl.zeros([block_m], dtype=torch.float32)  # sum of p, if exact_lse
-        l_before = hl.zeros([block_m], dtype=torch.float32)  # both without the last tile
+        l_before = hl.zeros([block_m], dtype=torch.float32)  # l_i and l_exact without the last tile
         l_exact_before = hl.zeros([block_m], dtype=torch.float32)
         acc = hl.zeros([block_m, BLOCK_D], dtype=torch.float32)
         p = hl.zeros([block_m, block_n], dtype=torch.float32)
@@ -366,15 +370,15 @@ def _hopper_forward_kernel(
         column = int32("{0} * {1} + {2} * {3}", b, column_b, h, column_h)
         column = inval_dead_mbarriers(column, this_round)
         q_tile = load_matrix(q, q_rows, q_columns, stride_m, row, column, block_m, BLOCK_D)
-        # BLOCK_D = 256: shared memory has no room for V behind the loop. One extra, empty
-        # iteration does the last p v.
+        # BLOCK_D = 256: shared memory has no room for V after the loop. One extra iteration does
+        # the last p v.
         n_stop = n_end if BLOCK_D < 256 else int32("{0} + tl.minimum({0}, {1})", n_end, block_n)
         for n in hl.grid(0, n_stop, block_n):
             p_tile = p.to(v.dtype)  # before q k^T, which then reuses the registers of p
             n_before = int32("tl.maximum({0} - {1}, 0)", n, block_n)  # at first p is 0: any V does
             v_tile = v[b, hk, n_before + hl.arange(block_n), :]
-            # Scores. The extra iteration (BLOCK_D = 256) has the last tile again: a running maximum
-            # must not see the zeros beyond N.
+            # Scores. The extra iteration (BLOCK_D = 256) loads the last tile again: zeros beyond N
+            # could raise the running maximum.
             n_load = int32("tl.minimum({0}, {1} - {2})", n, n_end, block_n)
             k_tile = k[b, hk, n_load + hl.arange(block_n), :]
             qk = hl.dot(q_tile, k_tile.T, out_dtype=torch.float32)
@@ -407,7 +411,7 @@ def _hopper_forward_kernel(
                 l_i = l_i + torch.sum(p_rounded, -1)
                 if exact_lse:
                     l_exact = l_exact + torch.sum(p, -1)
-                if not exact_lse or BLOCK_D == 256:  # else the code after the loop needs p itself
+                if not (exact_lse and BLOCK_D < 256):  # that case needs p itself after the loop
                     p = p_rounded
         # The last tile: mask it, then multiply it.
         n_last = n_end - block_n
@@ -449,7 +453,7 @@ def _hopper_forward_kernel(
 #     dk    = scale ds^T q
 #     dq    = scale ds k
 # (FlashAttention-2, algorithm 2.) dkdv_kernel computes ds and writes it; dq_kernel reads it.
-# Two more products for dq would cost 9 to 18% at D = 128. At D = 64 ds is as large as at D = 128,
+# To compute ds again for dq takes 9 to 18% longer at D = 128. At D = 64 ds is as large as at 128,
 # and the products are half as large: on Hopper hopper_dq_kernel computes ds again (H100: 11% less
 # time dense, 14% causal; and no memory for ds). One program sums each gradient, in one order: the
 # same bits at every run.
@@ -463,7 +467,7 @@ def _delta_kernel(
     inverse_scale: float, head_dim: int,
     block_m: hl.constexpr, with_dlse: hl.constexpr,
 ) -> torch.Tensor:  # fmt: skip
-    """delta; and aug, which adds -lse / scale and -delta to the products of dkdv_kernel.
+    """delta; and aug, which augments the products of dkdv_kernel by -lse / scale and -delta.
 
     s^T has a column per query. The loading warpgroup cannot load a vector lse[None, :] by pointer
     (rule 3); inline loads take 7 to 33% more time. So aug goes through TMA: columns 0 to 2 hold
@@ -497,8 +501,8 @@ def _delta_kernel(
 def head_and_block(w, num_heads, num_blocks):
     """The head and the block of program w: block 0 of eight heads, their block 1, and so on.
 
-    The callers make block 0 the longest of a causal head: long programs first, 11% of the causal
-    gradient. Eight heads at a time share L2: 5% at D = 64.
+    The callers make block 0 the longest of a causal head: long programs first save 11% of the
+    causal gradient. Eight heads at a time share L2: 5% at D = 64.
     """
     first_head = int32("{0} // ({1} * 8) * 8", w, num_blocks)
     heads = int32("tl.minimum(8, {0} - {1})", num_heads, first_head)
@@ -512,16 +516,16 @@ def _dkdv_kernel(
     k: torch.Tensor, v: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor,  # [B, Hk, N, head_dim]
     ds: torch.Tensor,  # ds^T, [B, H, N, M], N and M padded to multiples of 128
     scale: float, qk_scale: float, head_dim: int, diagonal: int,
-    block_m: hl.constexpr, block_n: hl.constexpr, masked: hl.constexpr,
+    block_m: hl.constexpr, block_n: hl.constexpr, masked: hl.constexpr,  # some key is hidden
     write_ds: hl.constexpr, with_dk: hl.constexpr, with_dv: hl.constexpr,
     tma: hl.constexpr,  # read by TMA, and specialise as hopper_forward_kernel does
 ) -> torch.Tensor:  # fmt: skip
     """dk and dv of a tile of keys, which walks over the queries of all heads that share the keys.
 
-    wgmma takes its first operand from registers. Scores are transposed, s^T = k q^T, so that p^T
-    and ds^T are the first operands of dv and dk.
+    wgmma can take only its first operand from registers. Scores are transposed, s^T = k q^T, so
+    that p^T and ds^T are the first operands of dv and dk.
     With neither write_ds nor with_dv: dk alone, from the ds of the launch before. D > 128 on Hopper
-    needs that launch: two sums leave registers for small tiles only.
+    needs that launch: dk and dv together leave registers for small tiles only.
     """
     B, H, M, _ = q.size()
     Hk, N = k.size(1), k.size(2)
@@ -531,7 +535,7 @@ def _dkdv_kernel(
     num_n_blocks = (N + block_n - 1) // block_n
     num_m_blocks = (M + 127) // 128 * (128 // block_m)
     for w in hl.grid(B * Hk * num_n_blocks):
-        bh, n_block = head_and_block(w, B * Hk, num_n_blocks)  # most queries see the first keys
+        bh, n_block = head_and_block(w, B * Hk, num_n_blocks)  # block 0: the most queries see it
         b = int32("{0} // {1}", bh, Hk)
         hk = int32("{0} - {1} * {2}", bh, b, Hk)
         keys = (n_block + 1) * block_n + (hl.arange(block_n) - block_n)  # rule 2
@@ -544,10 +548,10 @@ def _dkdv_kernel(
             else:
                 k_tile = load_tile(k, b, hk, keys, d, head_dim, False)
                 v_tile = load_tile(v, b, hk, keys, d, head_dim, False)
-            c = hl.arange(16)[None, :] + hl.zeros([block_n, 1], dtype=torch.int32)
+            c = hl.arange(16)[None, :] + hl.zeros([block_n, 1], dtype=torch.int32)  # [block_n, 16]
             lse_ones = torch.where(c < 3, 1.0, 0.0).to(torch.bfloat16)
             delta_ones = torch.where((c >= 3) & (c < 6), 1.0, 0.0).to(torch.bfloat16)
-            add = "tl.dot({0}, {1}.T, acc={2})"
+            add_dot = "tl.dot({0}, {1}.T, acc={2})"
         dk_acc = hl.zeros([block_n, BLOCK_D], dtype=torch.float32)
         dv_acc = hl.zeros([block_n, BLOCK_D], dtype=torch.float32)
         # The first query that sees a key of this tile, rounded down: dq_kernel reads ds in tiles of
@@ -565,9 +569,9 @@ def _dkdv_kernel(
                 do_tile = load_tile(do, b, h, rows, d, head_dim, tma)
                 aug_tile = load_tile(aug, b, h, rows, hl.arange(16), 16, tma)
                 s = hl.dot(k_tile, q_tile.T, out_dtype=torch.float32)
-                s = hl.inline_triton(add, args=(lse_ones, aug_tile, s), output_like=s)
+                s = hl.inline_triton(add_dot, args=(lse_ones, aug_tile, s), output_like=s)
                 dp = hl.dot(v_tile, do_tile.T, out_dtype=torch.float32)
-                dp = hl.inline_triton(add, args=(delta_ones, aug_tile, dp), output_like=dp)
+                dp = hl.inline_triton(add_dot, args=(delta_ones, aug_tile, dp), output_like=dp)
                 p = exp2(s * qk_scale)  # a query beyond M has p = 1, but do = 0 and dp = 0
                 if masked:
                     # One addition an element: `row >= column` makes ptxas compute the column's
@@ -633,7 +637,7 @@ def _hopper_dq_kernel(
     masked: hl.constexpr,  # mask every tile: the diagonal is no multiple of block_n
 ) -> torch.Tensor:  # fmt: skip
     """dq where ds is not in memory, in hopper_forward_kernel's order: ds k of the previous tile is
-    issued behind s and dp of this one, and the last tile is masked after the loop."""
+    issued after s and dp of this one, and the last tile is masked after the loop."""
     B, H, M, BLOCK_D = dq.size()
     Hk, N = k.size(1), k.size(2)
     BLOCK_D = hl.specialize(BLOCK_D)
@@ -686,9 +690,9 @@ def _report_kernel(
 
     q, out: [B * H, M, D]; k, v: [B * Hk, N, D]; lse: [B * H, M], in base 2, or None.
     qk_scale: scale * log2(e). causal: row i sees keys up to i, and M = N.
-    cute: the form that Helion's cute backend recognises. The backend runs a FlashAttention-4 kernel
-    in place of this loop: it scales in float32, as the report's form does, rescales only where m_i
-    grows by 8, and takes 1/4 of the exponentials from a polynomial (relative error 9e-5).
+    cute: the form that Helion's cute backend recognises and replaces by a FlashAttention-4 kernel.
+    That kernel scales in float32, rescales only where m_i grows by 8, and takes 1/4 of the
+    exponentials from a polynomial (relative error 9e-5).
     """
     BH, M, D = q.size()
     D = hl.specialize(D)
@@ -717,7 +721,7 @@ def _report_kernel(
             acc = torch.baddbmm(acc, p.to(v_tile.dtype), v_tile)
         if lse is not None:
             lse[tile_b, tile_m] = m_i + torch.log2(l_i)
-        # One division a row. One an element spills 16 more bytes (TILE128, sm_100).
+        # Divide once a row: a division for each element spills 16 bytes more (TILE128, sm_100).
         acc = acc / l_i[:, :, None] if cute else acc * (1 / l_i)[:, :, None]
         out[tile_b, tile_m, :] = acc.to(out.dtype)
     return out
@@ -736,16 +740,16 @@ def _launch_recognised(generated, grid, *args, **options):
 
 
 def _run_report(q, k, v, config, scale, causal, with_lse):
-    """out, and lse or None. config: the report's, or BLACKWELL_CUTE, with which the result is None
-    for q, k, v and scale that Blackwell's kernel does not take. 0.2 ms a call: Helion's bind."""
-    (B, H, M, D), cute = q.shape, isinstance(config, configs.Tuning)
+    """out, and lse or None. config: the report's, or BLACKWELL_CUTE. None, if Blackwell's kernel
+    does not take q, k, v and scale. A call takes the host 0.2 ms: Helion's bind."""
+    (B, H, M, D), cute = q.shape, isinstance(config, configs.Tuning)  # BLACKWELL_CUTE
     kernel, options = report_kernel, {}
     if cute:
         square = M == k.size(2) and M % 128 == 0 and D in (64, 128)
         plain = all(x.is_contiguous() and x.numel() <= 2**31 for x in (q, k, v))
         if not square or not plain or q.dtype == torch.float32 or not math.isclose(scale, D**-0.5):
             return None
-        config = config.config
+        config = config.helion_config
         if q.is_cuda:  # the interpreter executes report_kernel
             kernel, options = blackwell_kernel, {"_launcher": _launch_recognised}
     out = torch.empty_like(q)
@@ -763,10 +767,11 @@ def _run_report(q, k, v, config, scale, causal, with_lse):
 
 # ---- Launching -----------------------------------------------------------------------------------
 # A kernel is compiled once for each key of LAUNCHES: kernel, Tuning, constants, dtype, padded head
-# dim, device, and whether strides and addresses are multiples of 16. Batch, heads, lengths, strides
-# and scale are run-time arguments: Helion's own host function derives them from the tensors at each
-# call, so a new length costs what a repeated call costs. Lengths matter only where they choose a
-# Tuning or `masked`. No tensor of a caller is kept.
+# dim, device, whether strides and addresses are multiples of 16, and whether dk and dv are float32
+# sums. Batch, heads, lengths, strides and scale are run-time arguments: Helion's own host function
+# derives them from the tensors at each call, so a new length costs what a repeated call costs.
+# Lengths matter only where they choose a kernel, a Tuning or `masked`. No tensor of a caller is
+# kept. A bf16 call takes the host 75 us on an H200's machine, 30 of these for its two launches.
 LAUNCHES = {}  # {(kernel, tuning, constants, layout): Launch}
 _compiling = threading.RLock()
 
@@ -784,8 +789,8 @@ WIDE = {x: _kernel(x.fn, index_dtype=torch.int64)
 def launch(kernel, tuning, tensors, numbers, constants, layout):
     """Run a kernel: the first time for its key, compile it.
 
-    layout: what is compiled in of the tensors: dtype, padded head dim, device, and whether strides
-    and addresses are multiples of 16 (`_facts`); and whether dk and dv are float32 sums.
+    layout: the tensors' part of the key: dtype, padded head dim, device, whether strides and
+    addresses are multiples of 16 (`_facts`), and whether dk and dv are float32 sums.
     """
     key = kernel, tuning, constants, layout
     run = LAUNCHES.get(key)
@@ -808,7 +813,7 @@ class Launch:
         # Helion compiles for the tensors that it sees. So it sees stand-ins: the last size is
         # padded, no stride is a product of sizes, and no number is 0 or 1. Then every size, stride
         # and number stays an argument.
-        padded = lambda n: configs.padded(min(n, 256))
+        padded = lambda n: configs.padded(min(n, 256))  # the last size of ds is M
         strides = 5 * 512 * 512, 512 * 512, 512
         stand_ins = [
             torch.empty_strided((2, 4, 384, *map(padded, x.shape[3:])),
@@ -818,9 +823,10 @@ class Launch:
         parameters = inspect.signature(kernel.fn).parameters.values()
         numbers = [0.5 if p.annotation is float else 3 + 2 * i
                    for i, p in enumerate(parameters) if p.annotation in (int, float)]  # fmt: skip
-        _binding.hopper = "range_warp_specializes" in tuning.config.config
+        _binding.hopper = "range_warp_specializes" in tuning.helion_config.config
         try:  # Helion looks at the arguments again when it compiles
-            host = kernel.bind((*stand_ins, *numbers, *constants)).compile_config(tuning.config)
+            bound = kernel.bind((*stand_ins, *numbers, *constants))
+            host = bound.compile_config(tuning.helion_config)
         finally:
             _binding.hopper = False
         self.host, self.launcher, self.jit, self.scratch = host, self.compile, None, True
@@ -828,7 +834,7 @@ class Launch:
         _, _, self.device, self.aligned, _ = layout
 
     def __call__(self, *arguments):
-        if self.scratch:  # in a copied context, the allocator of our caller stays what it is
+        if self.scratch:  # a copied context keeps the caller's allocator
             contextvars.copy_context().run(self.run_with_scratch, arguments)
         else:
             self.host(*arguments, *self.constants, _launcher=self.launcher)
@@ -844,14 +850,16 @@ class Launch:
     def compile(self, jit, grid, *arguments, **options):
         """Compile and launch. In Triton's interpreter: execute."""
         if isinstance(jit, triton.JITFunction) and self.jit is None:
-            # Triton compiles in that an integer is 1 or a multiple of 16. Here only strides may be
-            # multiples of 16, if all are; lse, dlse and delta have strides of M.
+            # Triton compiles anew where an integer is 1 or a multiple of 16. Here only strides may
+            # be multiples of 16, if all are; lse, dlse and delta have strides of M.
             is_aligned = lambda name: self.aligned and re.match(
                 r"(?!lse|dlse|delta)\w+_stride_", name)  # fmt: skip
             self.jit = triton.jit(jit.fn, do_not_specialize=[
                 p.name for p, x in zip(jit.params, arguments)
                 if isinstance(x, int) and not p.is_constexpr and not is_aligned(p.name)
             ])  # fmt: skip
+        # Triton 3.10 would take two instructions for x * scale + offset (triton pull 11270).
+        options["enable_fp_fusion"] = True
         jit = self.jit or jit
         self.compiled = helion.runtime.default_launcher(jit, grid, *arguments, **options)
         # Wide kernels keep Triton's look-up: a stride may have 64 bits in one call, 32 in the next.
@@ -868,7 +876,7 @@ class Launch:
 
 
 class Descriptor(TensorDescriptor):
-    """A TMA descriptor without Triton's checks: `_forward` and `_backward` have made them."""
+    """A TMA descriptor without Triton's checks: `_forward` and `_backward` check first."""
 
     def __post_init__(self):
         pass
@@ -894,10 +902,14 @@ def read_once(host, jit, arguments):
 
 
 # ---- Allocate, choose, launch --------------------------------------------------------------------
-# One ds holds about DS_BYTES, at most twice that, of enough heads for DS_KEYS keys: 256 tiles of
-# 128, two for each SM. Half or twice DS_BYTES changes the time by less than 2% (D = 128).
+# One ds has DS_BYTES, or the heads of DS_KEYS keys if they take more (two tiles of 128 keys for
+# each SM), but at most 2 * DS_BYTES. Half or twice DS_BYTES changes the time by less than 2%.
 DS_BYTES, DS_KEYS = 2**29, 2**15
-FIXUP_ROWS = 512  # of hopper_forward_kernel, for one program of the fix-up
+FIXUP_ROWS = 512  # that one program of the fix-up checks
+
+
+def _cdiv(x, y):  # triton.cdiv takes 2 us
+    return (x + y - 1) // y
 
 
 @functools.lru_cache
@@ -908,13 +920,13 @@ def _gpu(device):
 
 
 def _facts(x):
-    """Of a 4-D tensor: does it need 64-bit offsets; does TMA read it; are its rows contiguous, and
-    strides and address multiples of 16?"""
-    (a, b, c, d), (s, t, u, w) = x.shape, x.stride()
-    strides, is_row = s | t | u, w == 1 and x.data_ptr() % 16 == 0
-    last = (a - 1) * s + (b - 1) * t + (c - 1) * u + (d - 1) * w
-    for_tma = is_row and s * t * u > 0 and strides * x.element_size() % 16 == 0
-    return strides >= 2**31 or last >= 2**31, for_tma, is_row and strides % 16 == 0
+    """Of a 4-D tensor: is_wide, it needs 64-bit offsets; for_tma, TMA reads it; aligned, its rows
+    are contiguous, and strides and address multiples of 16."""
+    (B, H, S, D), (b, h, s, d) = x.shape, x.stride()
+    any_bit, is_row = b | h | s, d == 1 and x.data_ptr() % 16 == 0
+    last = (B - 1) * b + (H - 1) * h + (S - 1) * s + (D - 1) * d
+    for_tma = is_row and b * h * s > 0 and any_bit * x.element_size() % 16 == 0
+    return any_bit >= 2**31 or last >= 2**31, for_tma, is_row and any_bit % 16 == 0
 
 
 def _out_like(x):
@@ -924,8 +936,8 @@ def _out_like(x):
 
 
 def _for_tma(x, is_padded=False):
-    """x, or a copy that TMA reads. Behind a head that is padded there must be no other head: a
-    descriptor over all heads (load_matrix) reads it, and it may be NaN."""
+    """x, or a copy that TMA reads. For padded columns load_matrix reads past the head, into another
+    head if heads interleave in a row of x, and that head may be NaN: then copy, too."""
     if not _facts(x)[1] or is_padded and any(s % x.stride(2) for s in x.stride()[:2]):
         return x.clone(memory_format=torch.contiguous_format)
     return x
@@ -945,7 +957,7 @@ def _forward(q, k, v, is_causal, scale, config, exact_lse):
     if q.is_cuda and q.device.index != torch.cuda.current_device():  # where Triton launches
         with torch.cuda.device(q.device):
             return _forward(q, k, v, is_causal, scale, config, exact_lse)
-    q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()  # -x, of which only a bit says so
+    q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()  # a view may say -x by a bit only
     (B, H, M, D), N = q.shape, k.size(2)
     if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
@@ -956,22 +968,26 @@ def _forward(q, k, v, is_causal, scale, config, exact_lse):
     if q.numel() == 0 or k.numel() == 0:
         return out.zero_(), lse.fill_(float("-inf"))
     scale = D**-0.5 if scale is None else scale
-    if isinstance(config, helion.Config) or config is not None and config.kernel == "blackwell":
+    if config is not None and (
+        isinstance(config, helion.Config) or config.kernel == "blackwell"
+    ):  # fmt: skip
         found = _run_report(q, k, v, config, scale, bool(is_causal), exact_lse)
         if found is not None:
             return found
         config = None
     diagonal = _diagonal(is_causal, M, N)
     numbers, block_d = (scale * LOG2E, D, diagonal), configs.padded(D)
-    tuning = config or configs.best(_gpu(q.device)[0], D, q.dtype, B * H, M, N)
-    general, on_hopper = forward_kernel, configs.hopper_general(D)
+    capability, num_programs = _gpu(q.device)  # one program per SM
+    tuning = config or configs.best(capability, D, q.dtype, B * H, M, N)
+    plain_kernel, plain_tuning = forward_kernel, configs.hopper_general(D)
     if tuning.kernel == "hopper_forward" and (
-        # fast_div is exact below 2^20, row offsets are int32, and -inf * scale must be -inf.
-        B * H * triton.cdiv(M, 128) >= 2**19 or max(*q.stride(), *out.stride()) >= 2**31
-        or M * out.stride(2) >= 2**31 or B * q.stride(0) >= 2**31 * max(1, q.stride(2))
-        or D < 16 or scale < 2.0**-100
+        B * H * _cdiv(M, 128) >= 2**19  # fast_div is exact below 2^20
+        or max(*q.stride(), *out.stride()) >= 2**31 or M * out.stride(2) >= 2**31  # int32 offsets
+        or B * q.stride(0) >= 2**31 * max(1, q.stride(2))
+        or D < 16  # never tried
+        or scale < 2.0**-100  # -inf * scale must be -inf
     ):  # fmt: skip
-        tuning = on_hopper
+        tuning = plain_tuning
     is_wide, for_tma, aligned = zip(_facts(q), _facts(k), _facts(v))
     if tuning.kernel == "hopper_forward" and (D < block_d or not all(for_tma)):
         if k.stride(1) == v.stride(1) == 0:  # one head, expanded: TMA takes no stride of 0
@@ -979,37 +995,37 @@ def _forward(q, k, v, is_causal, scale, config, exact_lse):
         q, k, v = _for_tma(q, D < block_d), _for_tma(k), _for_tma(v)
         is_wide, for_tma, aligned = zip(_facts(q), _facts(k), _facts(v))
     if any(is_wide) or out.numel() >= 2**31:
-        general = WIDE[forward_kernel]
-    layout = q.dtype, block_d, q.device, D % 16 == 0 and all(aligned), False
+        plain_kernel = WIDE[forward_kernel]
+    layout = q.dtype, block_d, q.device, D % 16 == 0 and all(aligned), False  # no float32 sums
     block_m, block_n, tensors = tuning.block_m, tuning.block_n, (q, k, v, out, lse)
     if tuning.kernel != "hopper_forward":
-        launch(general, tuning, tensors, numbers, (block_m, block_n, block_m), layout)
+        launch(plain_kernel, tuning, tensors, numbers, (block_m, block_n, block_m), layout)
         return out, lse
     running_max, is_dense = q.dtype == torch.float16, diagonal == N
-    # A mask after the loop is enough where the last tile holds all that is masked: the end of the
-    # keys, and the diagonal if block_n divides it and the tile is square. A running maximum must
-    # not see a hidden key. BLOCK_D = 256 has no code after the loop.
+    # The mask waits until after the loop if only the last tile has hidden keys: dense, or square
+    # tiles whose block_n divides the diagonal. It cannot wait for a running maximum, and not with
+    # BLOCK_D = 256, which has no product after the loop.
     masked = not is_dense and (diagonal % block_n > 0 or block_n < block_m)
     if running_max or block_d == 256:
         masked = not is_dense or N % block_n > 0
-    num_programs = _gpu(q.device)[1]
-    paired = int(not is_dense and B * H * triton.cdiv(M, block_m) > num_programs)
+    paired = int(not is_dense and B * H * _cdiv(M, block_m) > num_programs)
     constants = block_m, block_n, masked, running_max, exact_lse and not running_max
     hopper_numbers = *numbers, num_programs, paired
     launch(hopper_forward_kernel, tuning, tensors, hopper_numbers, constants, layout)
     if not running_max:
-        constants = on_hopper.block_m, on_hopper.block_n, FIXUP_ROWS
-        launch(general, on_hopper, tensors, numbers, constants, layout)
+        constants = plain_tuning.block_m, plain_tuning.block_n, FIXUP_ROWS
+        launch(plain_kernel, plain_tuning, tensors, numbers, constants, layout)
     return out, lse
 
 
 def _chunks(B, Hk, group, M, N, itemsize):
     """(batches, heads of keys, queries) that one ds covers. M, N: multiples of 128."""
     bytes_per_row = group * N * itemsize
-    fit = max(DS_BYTES // (bytes_per_row * M), triton.cdiv(DS_KEYS, N))
-    fit = max(1, min(fit, 2 * DS_BYTES // (bytes_per_row * 128)))
-    alike = lambda whole, most: triton.cdiv(whole, triton.cdiv(whole, most))  # chunks of one size
-    batches, heads = alike(B, max(1, fit // Hk)), alike(Hk, fit)
+    heads_that_fit = max(DS_BYTES // (bytes_per_row * M), _cdiv(DS_KEYS, N))
+    heads_that_fit = max(1, min(heads_that_fit, 2 * DS_BYTES // (bytes_per_row * 128)))
+    equal_parts = lambda whole, most: _cdiv(whole, _cdiv(whole, most))
+    batches = equal_parts(B, max(1, heads_that_fit // Hk))
+    heads = equal_parts(Hk, heads_that_fit)
     rows = 2 * DS_BYTES // (batches * heads * bytes_per_row)
     rows = min(rows, 2**24 // group)  # fast_div of dkdv_kernel
     return batches, heads, min(M, max(128, rows // 128 * 128))
@@ -1032,13 +1048,13 @@ def _backward(q, k, v, out, lse, do, dlse, is_causal, scale, needs_q, needs_kv):
     dk, dv = (_out_like(k), _out_like(v)) if needs_kv else (k, v)
     group, padded_m, padded_n = H // Hk, (M + 127) // 128 * 128, (N + 127) // 128 * 128
     scale = D**-0.5 if scale is None else float(scale)
-    # 1 / divisor must be finite. With a scale below 2^-60 scores are 0 beside lse: p is the same.
+    # 1 / divisor must be finite. Below 2^-60 scores round to 0: p stays the same.
     divisor = scale if abs(scale) > 2.0**-60 else 2.0**-60
     diagonal = _diagonal(is_causal, M, N)
 
     # Tunings of dkdv_kernel, of the kernel for dq, and of dkdv_kernel for dk alone, or None.
     # dq_kernel needs ds in memory, hopper_dq_kernel does not. Wide tensors take the plain kernels,
-    # and so does ds alone, for which the pass does not specialise.
+    # and so does a launch that writes only ds: Triton does not specialise its warps.
     tunings = configs.best_gradient(_gpu(q.device)[0], D, q.dtype)
     is_wide, for_tma, aligned = zip(*map(_facts, (q, k, v, do, out)))
     is_wide = any(is_wide) or max(q.numel(), k.numel(), 16 * B * H * M) >= 2**31
@@ -1060,7 +1076,7 @@ def _backward(q, k, v, out, lse, do, dlse, is_causal, scale, needs_q, needs_kv):
     if needs_kv and of_dk is not None:
         modes.append((of_dk, False, True, False))
 
-    # A kernel takes every argument: a small ds, and k and v as dk and dv, where none is written.
+    # Arguments that a kernel takes and does not write: a small ds; k and v as dk and dv.
     aug, delta = q.new_empty((B, H, M, 16), dtype=torch.bfloat16), torch.empty_like(lse)
     ds = q.new_empty((batches, heads * group, padded_n, rows) if write_ds else (1, 1, 128, 128))
     is_whole, is_summed = (batches, heads) == (B, Hk) and rows >= M, needs_kv and rows < M
@@ -1141,12 +1157,14 @@ def _(q, k, v, out, lse, do, dlse, variant, scale):
 # As torch counts SDPA: two products forward, five backward, causal or not.
 for _flops, _operator in ((4, "forward"), (10, "backward")):
     register_flop_formula(getattr(getattr(torch.ops, _NAME), _operator))(
-        lambda q, k, *_, flops=_flops, **__: flops * math.prod(q) * k[2])  # fmt: skip
+        lambda q_shape, k_shape, *_, flops=_flops, **__: flops * math.prod(q_shape) * k_shape[2])
 
 
-def _is_traced(*tensors):
-    plain = all(type(x) is torch.Tensor or type(x) is torch.nn.Parameter for x in tensors)
-    return not plain or torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+def _is_traced(q, k, v):
+    return (
+        torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+        or not {type(q), type(k), type(v)} <= {torch.Tensor, torch.nn.Parameter}
+    )  # fmt: skip
 
 
 def _dispatch(q, k, v, is_causal, scale, config, exact_lse):
@@ -1168,7 +1186,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dlse):
-        tensors = *ctx.saved_tensors, do, dlse  # once: selective checkpointing unpacks once
+        tensors = *ctx.saved_tensors, do, dlse  # read once: checkpointing forbids a second
         if _is_traced(*tensors[:3]):
             grads = _backward_operator(*tensors, *ctx.options)
         else:
@@ -1194,7 +1212,7 @@ def _sdpa_backward(do, q, k, v, out, lse, _q, _k, M, N, dropout_p, is_causal, _s
 
 
 class _Registered:
-    """This file behind SDPA's flash backend, while torch keeps this object. key: CUDA, or CPU."""
+    """Until remove(), SDPA's flash backend calls this file. key: CUDA, or CPU."""
 
     def __init__(self, key="CUDA"):
         self.library = torch.library.Library("aten", "IMPL")
@@ -1265,11 +1283,13 @@ def _check_config(q, k, is_causal, config):
     if not isinstance(config, configs.Tuning):
         raise TypeError("config must be a Config or Tuning of configs.py, got "
                         f"{type(config).__name__}")  # fmt: skip
+    if config.kernel not in ("forward", "hopper_forward", "blackwell"):
+        raise ValueError(f"config must be a Tuning of a forward kernel, got {config.kernel!r}")
     if config.kernel == "hopper_forward":
         if q.dtype == torch.float32 or D > config.head_dim:
             raise ValueError(f"config takes 16-bit floats and head dims up to {config.head_dim}, "
                              f"got {q.dtype} and {D}")  # fmt: skip
-        stages = config.config.config.get("range_num_stages")
+        stages = config.helion_config.config.get("range_num_stages")
         if not isinstance(stages, list) or max(stages) > 2:  # rule 6
             raise ValueError(f"config must have range_num_stages of at most 2, got {stages}")
     major = {"hopper_forward": 9, "blackwell": 10}.get(config.kernel)
@@ -1291,9 +1311,10 @@ def flash_attention(
         backend.
     scale: a float below 2e38; 1 / sqrt(D) if None. Scores, q k^T * scale, have to stay below 2e38,
         too (float16 on Hopper: below 1e8).
-    enable_gqa: Hk may divide H: H / Hk heads of q in a row share a head of k and v.
-    config: None takes the best that configs.py knows for this GPU. A Tuning runs the kernel that it
-        names. A helion.Config is the report's: dense, compiled for each shape, no gradient.
+    enable_gqa: Hk may divide H: each H / Hk consecutive heads of q share a head of k and v.
+    config: None takes the best that configs.py knows for this GPU. A Tuning of a forward kernel
+        takes that kernel, or forward_kernel for what that kernel cannot take. A helion.Config is
+        the report's: dense, compiled for each shape, no gradient.
 
     Returns out: [B, H, M, D], in q's dtype and layout. With return_lse (out, lse), lse: [B, H, M],
     float32, the natural logarithm of each row's sum of exp(q k^T * scale); -inf for a row that sees
@@ -1302,12 +1323,12 @@ def flash_attention(
     The gradient takes up to 1 GB for a while; on Hopper for head dims from 40 to 64, nothing.
     The Hopper kernels read copies of tensors that TMA cannot read: rows that are not contiguous or
     do not start at multiples of 16 bytes, expanded batches, and a q whose head dim is padded and
-    whose heads share a row.
+    whose heads interleave in memory.
     The first call of a kind compiles for seconds. Kinds differ in dtype, padded head dim, mask,
-    alignment, config, return_lse, and the gradients that are needed. On Hopper these lengths make
-    another kind, once each: N <= 128; in bf16 up to D = 64, M < 1024 or B * H * M < 2^17; in
-    float16 or D > 128, an N that the tile (128, 64) does not divide; with LOWER_RIGHT, such an
-    N - M. So do tensors of 2^31 elements. A CUDA graph cannot capture a first call.
+    alignment, config, return_lse, and the gradients that are needed. So do tensors of 2^31
+    elements. On Hopper these lengths are kinds of their own: N <= 128; bf16 up to D = 64, M < 1024
+    or B * H * M < 2^17; dense float16 up to D = 128, N % 128 > 0; dense D > 128, N % 64 > 0;
+    LOWER_RIGHT, (N - M) % 128 > 0. A CUDA graph cannot capture a first call.
     Under torch.compile, torch.export and dispatch modes (make_fx, FlopCounterMode, selective
     checkpointing), and for subclasses of Tensor, it is one operator, and config has to be None.
     Under autocast q, k and v are cast as SDPA's are.
@@ -1321,11 +1342,12 @@ def flash_attention(
         q, k, v = (x.to(dtype) if getattr(x, "dtype", None) in DTYPES else x for x in (q, k, v))
     _check(q, k, v, is_causal, scale, enable_gqa, config)
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if isinstance(config, helion.Config) and (return_lse or needs_grad):
-        raise ValueError("config is the report's: its kernel has no lse and no gradient")
-    if config is not None and _is_traced(q, k, v):
-        raise ValueError("config must be None under torch.compile, under dispatch modes and for "
-                         "subclasses of Tensor")  # fmt: skip
+    if config is not None:
+        if isinstance(config, helion.Config) and (return_lse or needs_grad):
+            raise ValueError("config is the report's: its kernel has no lse and no gradient")
+        if _is_traced(q, k, v):
+            raise ValueError("config must be None under torch.compile, under dispatch modes and "
+                             "for subclasses of Tensor")  # fmt: skip
     if not torch.compiler.is_compiling():
         if torch._C._functorch.maybe_current_level() is not None:
             raise RuntimeError("flash_attention does not run under torch.func and torch.vmap: fold "
