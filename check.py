@@ -11,6 +11,7 @@ Helion generates, with its tiles, masks and order of programs; and GPUs' code is
 """
 import argparse
 import ast
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -44,7 +45,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 HERE = Path(__file__).resolve().parent
 GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
+DEVICE, INF = "cuda" if GPU else "cpu", math.inf
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported, which reads it
 
@@ -63,10 +64,30 @@ raises = unittest.TestCase().assertRaisesRegex
 # ---- 1. What is right ----------------------------------------------------------------------------
 
 
-def sees(M, N, is_causal):
-    """[M, N]: whether row i sees key j. is_causal: as flash_attention takes it."""
-    last = N if is_causal is False else N - M if is_causal is CausalVariant.LOWER_RIGHT else 0
-    return torch.ones(M, N, dtype=torch.bool, device=DEVICE).tril(last)
+class Rows(collections.namedtuple("Rows", "first last")):  # `visible`
+    __repr__ = lambda self: f"Rows{tuple(self.first.shape)}"
+
+
+def sees(M, N, mask):
+    """[M, N] or [B, 1, M, N]: whether row i sees key j. mask: is_causal, (is_causal, window), or
+    Rows, as flash_attention takes them."""
+    if isinstance(mask, Rows):
+        first, last = (x[..., None] for x in mask)
+        key = torch.arange(N, device=DEVICE)
+        found = (first <= key) & (key <= last)
+        return found if found.dim() == 2 else found[:, None]
+    is_causal, window = mask if isinstance(mask, tuple) else (mask, (None, None))
+    left, right = (INF if x is None or x < 0 else x for x in window)
+    aligned = 0 if is_causal in (True, CausalVariant.UPPER_LEFT) else N - M
+    distance = torch.arange(N, device=DEVICE) - torch.arange(M, device=DEVICE)[:, None] - aligned
+    return (distance >= -left) & (distance <= (0 if is_causal else right))
+
+
+def asked(mask):
+    """The arguments of flash_attention that make this mask."""
+    if isinstance(mask, Rows):
+        return dict(visible=mask)
+    return dict(zip(("is_causal", "window"), mask if isinstance(mask, tuple) else (mask, None)))
 
 
 def definition(q, k, v, is_causal=False, scale=None):
@@ -75,8 +96,8 @@ def definition(q, k, v, is_causal=False, scale=None):
     scores = q @ k.mT * (q.size(3) ** -0.5 if scale is None else scale)
     mask = sees(q.size(2), k.size(2), is_causal)
     some = mask.any(-1)
-    scores = scores.masked_fill(~mask, -math.inf).where(some[:, None], 0.0)
-    out = scores.softmax(-1).where(some[:, None], 0.0) @ v
+    scores = scores.masked_fill(~mask, -math.inf).where(some[..., None], 0.0)
+    out = scores.softmax(-1).where(some[..., None], 0.0) @ v
     return out, scores.logsumexp(-1).where(some, -math.inf)
 
 
@@ -105,8 +126,52 @@ GENERAL = configs.best((9, 0), 128, torch.bfloat16, 1, 1, 1)  # forward_kernel's
 NAMED = {**configs.CONFIGS, "hopper": configs.HOPPER, "hopper_64": configs.HOPPER_64,
          "hopper_256": configs.HOPPER_256, "general": GENERAL, "default": None,
          "blackwell": configs.BLACKWELL_CUTE}  # fmt: skip
-LOWER_RIGHT, INF = CausalVariant.LOWER_RIGHT, math.inf
+LOWER_RIGHT = CausalVariant.LOWER_RIGHT
 MASKS = {"dense": False, "upper_left": True, "lower_right": LOWER_RIGHT}
+WINDOWS = {"window": (False, (70, 40)), "left": (False, (150, None)), "right": (False, (-1, 90)),
+           "window_upper": (True, (100, -1)), "window_lower": (LOWER_RIGHT, (130, 0)),
+           "diagonal": (False, (0, 0))}  # fmt: skip
+
+
+def random_rows(B, M, N, grows):
+    """Rows whose ends are anywhere, also beyond the keys; or where both ends grow with the row."""
+    noise = torch.Generator().manual_seed(0)
+    first, last = (torch.randint(-5, N + 5, (B, M), generator=noise) for _ in range(2))
+    if grows:
+        first = first.sort(1).values
+        last = (first + torch.randint(-2, 60, (B, M), generator=noise)).cummax(1).values
+    return first.int().to(DEVICE), last.int().to(DEVICE)
+
+
+def packed_rows(B, M, N, **options):
+    """Four sequences, one without queries, one without keys, and rows that belong to none."""
+    ends = lambda *x: torch.tensor((0, *x), dtype=torch.int32, device=DEVICE)
+    cu_q, cu_k = ends(M // 3, M // 3, M - 40, M - 7), ends(N // 4, N // 3, N - 9, N - 9)
+    return flash_attn.packed(cu_q, cu_k, M, **options)
+
+
+def padded_rows(B, M, N, **options):
+    """Row b of the batch has b + 1 keys less on one side."""
+    mask = torch.ones(B, N, dtype=torch.int64, device=DEVICE)
+    for b in range(B):
+        mask[b, : b + 1] = mask[b, N - 60 * b :] = 0
+    return flash_attn.padded(mask, M, **options)
+
+
+INTERVALS = {
+    "random": functools.partial(random_rows, grows=False),
+    "growing": functools.partial(random_rows, grows=True),
+    "packed": packed_rows, "packed_causal": functools.partial(packed_rows, is_causal=True),
+    "packed_window": functools.partial(packed_rows, window=(30, 5)),
+    "padded": padded_rows, "padded_causal": functools.partial(padded_rows, is_causal=True),
+}  # fmt: skip
+
+
+def mask_of(name, B, M, N):
+    known = MASKS | WINDOWS
+    return known[name] if name in known else Rows(*INTERVALS[name](B, M, N))
+
+
 REPORT, BF16, HALF = tuple(configs.CONFIGS), ("bfloat16",), ("bfloat16", "float16")
 ALL, FLOAT = (*HALF, "float32"), ("float32",)
 PLANS = ("hopper", "general", "default") if GPU else ("hopper", "default")
@@ -156,6 +221,16 @@ FORWARD = [  # configs, dtypes, D, mask, layout, and (B, H, Hk, M, N) of each ca
     *((("tile128",), BF16, D, "dense", layout, (2, 2, 2, 129, 300))
       for layout in ("packed", "odd")),
 ]  # fmt: skip
+WINDOWED = (1, 2, 1, 300, 300), (1, 2, 2, 128, 400), (1, 2, 2, 400, 130)
+FORWARD += [row for mask in WINDOWS for row in (
+    (PLANS, BF16, D, mask, "bhsd", *WINDOWED), (H64 + H256, HALF, 64, mask, "bhsd", WINDOWED[0]))]
+FORWARD += [(PLANS, ("float16",), D, mask, "bhsd", WINDOWED[1]) for mask in ("window", "left")]
+FORWARD += [(H256, BF16, 256, mask, "bhsd", WINDOWED[0]) for mask in ("window", "random")]
+ROWS_CASES = (2, 2, 1, 300, 340), (2, 2, 2, 130, 260)
+FORWARD += [(PLANS, BF16, D, mask, "bhsd", *ROWS_CASES) for mask in INTERVALS]
+FORWARD += [(PLANS, ("float16",), D, "random", "bhsd", ROWS_CASES[0]),
+            (OURS, FLOAT, D, "random", "bhsd", ROWS_CASES[0]),
+            (H64, BF16, 64, "packed_causal", "bhsd", ROWS_CASES[0])]  # fmt: skip
 BOTH = ("hopper", "default")  # Hopper's kernels of the gradient, and the others
 GRADIENT = [  # and what of ds is kept at a time: all, two heads of keys, 128 queries of one head
     (BOTH, ALL, D, "dense", "bshd", "all", (1, 2, 2, 128, 256), (1, 2, 2, 1, 200)),
@@ -173,6 +248,13 @@ GRADIENT = [  # and what of ds is kept at a time: all, two heads of keys, 128 qu
     (BOTH, BF16, 256, "dense", "bshd", "heads", (2, 1, 1, 200, 209)),
     (BOTH, BF16, 256, "upper_left", "bshd", "queries", (1, 2, 1, 200, 209)),
 ]  # fmt: skip
+GRADIENT += [(BOTH, BF16, dim, mask, "bhsd", kept, (1, 2, 1, 300, 340))
+             for mask, dim, kept in (("window", D, "queries"), ("left", D, "all"),
+                                     ("window_lower", 64, "heads"), ("window_upper", D, "queries"))]
+GRADIENT += [(BOTH, BF16, dim, mask, "bhsd", kept, shape) for mask, dim, kept, shape in (
+    ("random", D, "queries", ROWS_CASES[0]), ("growing", D, "all", ROWS_CASES[0]),
+    ("padded_causal", D, "heads", ROWS_CASES[0]), ("packed_causal", 128, "queries", ROWS_CASES[1]),
+    ("random", 256, "all", (1, 2, 1, 200, 209)))]  # fmt: skip
 DENSE, FP16 = ("bfloat16",), ("float16",)
 RAGGED, CAUSAL = ("bfloat16", LOWER_RIGHT, 1, 4096, 4097), ("float16", True)
 SPILL = 160 if triton.__version__.startswith("3.9.") else 128  # forward_kernel, D = 256, on Hopper:
@@ -193,6 +275,9 @@ CODE = [  # name, bytes that may spill, threads of first and last kernels, machi
     *(("hopper_code", SPILL, 384, last,
        *(("gradient", 90, dim, *case) for case in (DENSE, RAGGED, CAUSAL))) for dim, last in (
           (64, (384, 384)), (128, (384, 256)), (256, (256, 256, 256)))),
+    # The same with a window, and with `visible`: dkdv_kernel's loads spill 232 bytes then.
+    *(("hopper_code", 256, 384, (), *(("gradient", 90, dim, *DENSE, False, 1, 4096, None, window)
+                                      for window in (1000, -2))) for dim in (64, 128, 256)),
     # Helion's cute backend recognises the loop: causal, GQA, lengths that 256 does not divide.
     *(("blackwell_compiles", 16, None, (), *(("blackwell", 100, dim, *case) for case in (
         DENSE, (*DENSE, True, 4), (*DENSE, False, 1, 384), CAUSAL))) for dim in (64, 128)),
@@ -324,9 +409,9 @@ def tuning(config, q, k):
 def forward(config, dtype, D, mask, layout, B, H, Hk, M, N):
     """out, and for our own kernels lse; with lse is another kernel."""
     q, k, v = LAYOUTS[layout](*make((B, H, M, D), dtype, N, Hk))
-    is_causal, gqa, plan, lse = MASKS[mask], H != Hk, NAMED[config], None
+    is_causal, gqa, plan, lse = mask_of(mask, B, M, N), H != Hk, NAMED[config], None
     attend = functools.partial(
-        flash_attention, q, k, v, is_causal=is_causal, enable_gqa=gqa, config=plan)  # fmt: skip
+        flash_attention, q, k, v, **asked(is_causal), enable_gqa=gqa, config=plan)  # fmt: skip
     try:
         out = attend()
     except Exception as error:
@@ -369,6 +454,7 @@ def gradient_of(config):
 def compare_gradients(qkv, options, with_lse=False, scale=None, least=(0.0, 0.0, 0.0)):
     """Hold dq, dk and dv of random gradients of out and lse to the tolerance. least: of each."""
     is_causal, dtype = options.get("is_causal", False), qkv[0].dtype
+    given = {**asked(is_causal), "config": options.get("config")}
     generator = torch.Generator(DEVICE).manual_seed(1)
     do = torch.randn(qkv[0].shape, generator=generator, device=DEVICE).to(dtype)
     dlse = torch.randn(do.shape[:3], generator=generator, device=DEVICE) * with_lse
@@ -381,7 +467,7 @@ def compare_gradients(qkv, options, with_lse=False, scale=None, least=(0.0, 0.0,
         return torch.autograd.grad(loss, leaves)
 
     def ours(*qkv):
-        attend = functools.partial(flash_attention, enable_gqa=True, scale=scale, **options)
+        attend = functools.partial(flash_attention, enable_gqa=True, scale=scale, **given)
         return attend(*qkv, return_lse=True) if with_lse else (attend(*qkv), torch.zeros(()))
 
     high = functools.partial(definition, is_causal=is_causal, scale=scale)
@@ -407,7 +493,7 @@ def gradient(config, dtype, D, mask, layout, kept, B, H, Hk, M, N):
     plan = None if dtype == "float32" else plan
     of_head = H // Hk * -(-M // 128) * -(-N // 128) * 2**14 * qkv[0].element_size()  # of keys
     budget = {"all": flash_attn.DS_BYTES, "heads": 2 * of_head, "queries": 1}[kept]
-    options = dict(is_causal=MASKS[mask], config=plan)
+    options = dict(is_causal=mask_of(mask, B, M, N), config=plan)
     small = dict(DS_BYTES=budget, DS_KEYS=flash_attn.DS_KEYS if kept == "all" else 1)
     with gradient_of(config), mock.patch.multiple(flash_attn, **small):
         compare_gradients(qkv, options, scale=-0.3)
@@ -716,6 +802,7 @@ def bad_input():
     """Each of these is refused, by its name, before anything is compiled."""
     q, k, v = qkv = make((2, 2, 16, 64))
     of_dim = lambda dim: [x.repeat(1, 1, 1, 3)[..., :dim] for x in qkv]
+    rows = random_rows(2, 16, 16, True)
     report, of = dict(config=configs.TILE128), lambda config: dict(config=config)
     three_stages = {**configs.HOPPER.helion_config.config, "range_num_stages": [1, 3]}
     with_config = lambda config: of(dataclasses.replace(configs.HOPPER, helion_config=config))
@@ -724,6 +811,15 @@ def bad_input():
             (TypeError, "[kv]", (q, k.half(), v), {}), (TypeError, "v", (q, k, [1.0]), {}),
             (TypeError, "[qv]", (q.double(), k.double(), v.double()), {}),
             (TypeError, "is_causal", qkv, dict(is_causal="yes")),
+            (TypeError, "window", qkv, dict(window=5)),
+            (TypeError, "window", qkv, dict(window=(1, 0.5))),
+            (ValueError, "sinks", qkv, dict(sinks=q[0, 0, 0])),
+            (ValueError, "sinks", qkv, dict(sinks=1.0)),
+            (ValueError, "config", qkv, dict(report, window=(5, 5))),
+            (ValueError, "visible", qkv, dict(visible=q)),
+            (ValueError, "visible", qkv, dict(visible=random_rows(2, 17, 16, True))),
+            (ValueError, "visible", qkv, dict(visible=rows, is_causal=True)),
+            (ValueError, "config", qkv, dict(of(configs.BLACKWELL_CUTE), sinks=q[0, 0, :2, 0])),
             (TypeError, "config", qkv, of("tile128")),
             (ValueError, "q", (q[0], k, v), {}), (ValueError, "q", of_dim(44), {}),
             (ValueError, "[kv]", (q, k[:1], v), {}), (ValueError, "v", (q, k, v[:, :1]), {}),
@@ -775,6 +871,99 @@ def large_tensor(config):
     return line
 
 
+def windows(config):
+    """No tile outside of the window is read; another window compiles nothing; Hopper's kernel needs
+    no fix-up; the operators' gradient is the eager one."""
+    attend = functools.partial(flash_attention, config=NAMED[config])
+    q, k, v = make((1, 2, 600, D))
+    expected, lse = attend(q, k, v, window=(60, 30), return_lse=True)
+    poisoned = [x.clone() for x in (k, v)]
+    for x in poisoned:
+        x[:, :, :128] = x[:, :, 512:] = math.nan
+    rows = slice(128 + 128, 512 - 128)  # none of their tiles sees these keys
+    found = attend(q, *poisoned, window=(60, 30))  # the fix-up has other bits
+    torch.testing.assert_close(found[:, :, rows], expected[:, :, rows], atol=0.02, rtol=0)
+    real, launched = flash_attn.launch, []
+
+    def launch(kernel, tuning, tensors, numbers, constants, layout):
+        if flash_attn.FIXUP_ROWS not in constants:
+            real(kernel, tuning, tensors, numbers, constants, layout)
+            launched.append(tensors[4].isnan().sum().item())
+
+    with mock.patch.object(flash_attn, "launch", launch):
+        compare(attend(q, k, v, window=(60, 30)), q, k, v, is_causal=(False, (60, 30)))
+    assert launched == [0], f"{launched} rows asked for the fix-up"
+    with refuse_to_compile():
+        for window in ((0, 0), (64, None), (1, 2), (598, 0), (128, 127)):
+            compare(attend(q, k, v, window=window), q, k, v, is_causal=(False, window))
+    assert torch.equal(attend(q, k, v, window=(600, None)), attend(q, k, v)), "a window of all keys"
+    return compare(expected, q, k, v, is_causal=(False, (60, 30)), lse=lse)
+
+
+def intervals():
+    """`packed` and `padded` against masks that are written out; and without a synchronisation."""
+    cu_q, cu_k = [0, 5, 5, 12, 20], [0, 3, 9, 20, 21]
+    tensors = [torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (cu_q, cu_k)]
+    for is_causal, window in itertools.product((False, True), (None, (2, 1), (None, 1), (3, -1))):
+        left, right = (INF if x is None or x < 0 else x for x in window or (-1, -1))
+        right = 0 if is_causal else right
+        inside = lambda distance: -left <= distance <= right
+        options = dict(is_causal=is_causal, window=window)
+        found = sees(22, 21, Rows(*flash_attn.packed(*tensors, 22, **options)))
+        right_ = torch.zeros(22, 21, dtype=torch.bool)
+        for (q0, q1), (k0, k1) in zip(itertools.pairwise(cu_q), itertools.pairwise(cu_k)):
+            for i, j in itertools.product(range(q0, q1), range(k0, k1)):
+                right_[i, j] = inside(j - k1 - (i - q1))
+        assert torch.equal(found.cpu(), right_), ("packed", options)
+        mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [0] * 6], device=DEVICE)
+        for M in (6, 4):
+            found = sees(M, 6, Rows(*flash_attn.padded(mask, M, **options)))
+            right_ = torch.zeros(3, M, 6, dtype=torch.bool)
+            for b, i, j in itertools.product(range(3), range(M), range(6)):
+                right_[b, i, j] = mask[b, j] > 0 and inside(j - 6 - (i - M))
+            assert torch.equal(found[:, 0].cpu(), right_), ("padded", M, options)
+    q, k, v = make((1, 2, 200, D))
+    rows = packed_rows(1, 200, 200)
+    flash_attention(q, k, v, visible=rows)
+    if GPU:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            flash_attention(q, k, v, visible=flash_attn.packed(*tensors, 200))
+            flash_attention(q, k, v, visible=flash_attn.padded(mask.new_ones(1, 200)))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return "as written out"
+
+
+def sinks(config):
+    """One more score in each row's softmax: out, lse and all gradients, by the definition."""
+    qkv = make((2, 4, 150, D), keys=200, heads=2)
+    sinks = torch.tensor([-3.0, 0.0, 2.0, 9.0], device=DEVICE)
+    noise = torch.Generator(DEVICE).manual_seed(2)
+    do, dlse = (torch.randn(2, 4, 150, *dim, generator=noise, device=DEVICE) for dim in ((D,), ()))
+
+    def attend(q, k, v, sinks):
+        options = dict(sinks=sinks, is_causal=True, enable_gqa=True, config=NAMED[config])
+        return flash_attention(q, k, v, return_lse=True, **options)
+
+    def right(q, k, v, sinks):
+        out, lse = definition(q, k, v, True)
+        whole = torch.logaddexp(lse, sinks[:, None])
+        return out * (lse - whole).exp()[..., None], whole
+
+    def results(attend, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in (*qkv, sinks)]
+        leaves[3] = sinks.double().requires_grad_()
+        out, lse = attend(*leaves)
+        loss = (out * do.to(dtype)).sum().double() + (lse.double() * dlse).sum()
+        return out, lse, *torch.autograd.grad(loss, leaves)
+
+    for found, ref in zip(results(attend, torch.bfloat16), results(right, torch.float64)):
+        size = ref.abs().max().item()
+        torch.testing.assert_close(found.double(), ref, atol=0.02 * size, rtol=0)
+    return "as defined"
+
+
 def asked_for(config, dim):
     """No gradient is computed that nobody asked for; the others do not depend on that. out's
     gradient is one number, expanded; q, k and v stay as they are; lse is exact, unasked for."""
@@ -807,7 +996,7 @@ def asked_for(config, dim):
         assert not flash_attention(q, k, v).requires_grad
     named = NAMED["hopper_256" if dim > 128 else "hopper"] if config == "hopper" else None
     out = flash_attention(q, k, v, config=named)
-    (lse,) = (x for x in out.grad_fn.saved_tensors if x.shape == q.shape[:3])
+    (lse,) = (x for x in out.grad_fn.saved_tensors[3:5] if x.shape == q.shape[:3])
     compare(out, q, k, v, lse=lse)
     return ", ".join(sorted(of_all))
 
@@ -817,16 +1006,18 @@ BACKEND = "inductor" if GPU else "aot_eager"
 
 def in_torch(name):
     """torch's own checks, torch.compile, torch.export, autocast, and where a clear error is due."""
-    attend = functools.partial(flash_attention, is_causal=True, enable_gqa=True, return_lse=True)
+    mask, sink = (True, (90, None)), torch.full((4,), -1e4, device=DEVICE)  # no change
+    options = dict(asked(mask), sinks=sink, enable_gqa=True, return_lse=True)
+    attend = functools.partial(flash_attention, **options)
     q, k, v = make((2, 4, 140, D), "float16", heads=2)
     loss = lambda out, lse: out.square().sum() + lse.sum()
     if name == "opcheck":
         operators, check = torch.ops.flash_attn, torch.library.opcheck
         for qkv in ((q, k, v), map(bshd, (q, k, v))):
-            check(operators.forward.default, (*qkv, 1, None, True))
+            check(operators.forward.default, (*qkv, None, 1, 90, -1, None, True))
         for budget in (flash_attn.DS_BYTES, 1):
             with mock.patch.multiple(flash_attn, DS_BYTES=budget, DS_KEYS=1):
-                arguments = q, k, v, *attend(q, k, v), q, None, 1, None
+                arguments = q, k, v, *attend(q, k, v), None, q, None, 1, 90, -1, None
                 check(operators.backward.default, arguments, test_utils="test_faketensor")
     elif name == "compile":  # one graph for all lengths, and its gradient
         counter = torch._dynamo.testing.CompileCounterWithBackend(BACKEND)
@@ -835,7 +1026,7 @@ def in_torch(name):
         for n in (140, 150, 300):
             qkv = [x.requires_grad_() for x in make((2, 4, n, D), "float16", heads=2)]
             out, lse = run(*qkv)
-            compare(out, *qkv, is_causal=True, lse=lse)
+            compare(out, *qkv, is_causal=mask, lse=lse)
             expected = torch.autograd.grad(loss(*attend(*qkv)), qkv)
             found = torch.autograd.grad(loss(out, lse), qkv)
             torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
@@ -846,7 +1037,7 @@ def in_torch(name):
         length = torch.export.Dim("length", min=2, max=4096)
         program = torch.export.export(module, (q, k, v), dynamic_shapes=[{2: length}] * 3)
         q, k, v = make((2, 4, 200, D), "float16", heads=2)
-        compare(program.module()(q, k, v)[0], q, k, v, is_causal=True)
+        compare(program.module()(q, k, v)[0], q, k, v, is_causal=mask)
     elif name == "autocast":
         q, k, v = (x.float() for x in (q, k, v))
         expected = attend(q.bfloat16(), k.bfloat16(), v.bfloat16())[0]
@@ -1376,8 +1567,8 @@ def patch_interpreter():
         x = values[0]
         if "cvt.rn.bf16x2.f32" in asm:
             x = widened(to_bf16(x.data))
-        elif "ld.global.f32" in asm:
-            pointers = handle(x.data.astype(np.uint64), tl.pointer_type(tl.float32))
+        elif "ld.global.b32" in asm:
+            pointers = handle(x.data.astype(np.uint64), tl.pointer_type(tl.int32))
             policies = builder.create_load.__code__.co_argcount - 3  # 2; from Triton 3.9 on 1
             x = self.create_load(pointers, *[""] * policies, False)
         else:
@@ -1563,7 +1754,8 @@ def triton_code(sm, kernel, grid, args, options):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    shorts = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    shorts = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32",
+              torch.int32: "i32"}  # fmt: skip
     signature, constexprs, attributes = {}, {}, {}
     for i, (param, arg) in enumerate(zip(kernel.params, args)):
         specialized = isinstance(arg, int) and not param.do_not_specialize
@@ -1591,13 +1783,17 @@ def triton_code(sm, kernel, grid, args, options):
         return resources(cubin, sm, threads, shared)
 
 
+BY_ROW = -2  # in place of a window: `visible`
+
+
 def machine_code(config, sm, head_dim=128, dtype="bfloat16", is_causal=False, group=1, length=4096,
-                 keys=None):  # fmt: skip
+                 keys=None, window=-1):  # fmt: skip
     """Compile what flash_attention launches on compute capability sm / 10, without such a GPU.
 
     config: as flash_attention takes it, or "gradient", with the forward before it. group: how many
-    heads of q share one of k. Returns `resources` of the first kernel, and under "then" those of
-    the others. Not for a process in interpreter mode: see compile_in_child.
+    heads of q share one of k. window: its left, or BY_ROW. Returns `resources` of the first kernel,
+    and under "then" those of the others. Not for a process in interpreter mode: see
+    compile_in_child.
     """
     os.environ["CUTE_DSL_ARCH"] = f"sm_{sm}a"
     cute, backward = getattr(config, "kernel", "") == "blackwell", config == "gradient"
@@ -1608,9 +1804,12 @@ def machine_code(config, sm, head_dim=128, dtype="bfloat16", is_causal=False, gr
         new = lambda h, n: torch.empty(B, h, n, head_dim, dtype=DTYPES[dtype], device="cuda")
         q, k, v = new(H, length), *(new(H // group, keys or length) for _ in "kv")
         config = None if backward else config
-        _, lse = flash_attn._forward(q, k, v, is_causal, None, config, backward)
+        mask, visible = (int(is_causal), max(window, -1), -1), None
+        if window == BY_ROW:
+            visible = torch.empty(B, 2, length, dtype=torch.int32, device="cuda")
+        _, lse = flash_attn._forward(q, k, v, visible, mask, None, config, backward)
         if backward:
-            flash_attn._backward(q, k, v, q, lse, q, None, is_causal, None, True, True)
+            flash_attn._backward(q, k, v, q, lse, visible, q, None, mask, None, True, True)
     first, *others = [(cute_code if cute else triton_code)(sm, *launch) for launch in LAUNCHED]
     return {**first, "then": others}
 
@@ -1746,6 +1945,10 @@ def cases(draws):
             yield group, function, (argument,)
     for case in (("default", D), ("hopper", 64), ("hopper", 192)):
         yield "asked for", asked_for, case
+    for name in PLANS:
+        yield ("windows", name), windows, (name,)
+        yield ("windows", name), sinks, (name,)
+    yield "windows", intervals, ()
     for function in (bad_input, clear_errors, unknown_triton, recipe_values, recipe_compiles):
         yield "transformers", function, ()
     for function, table, n in ((gradient, GRADIENT, 4), (forward, FORWARD, 3)):

@@ -80,8 +80,8 @@ def _gradient(dkdv, dq, dk=None):
     return _tuning("dkdv", *dkdv), _tuning("dq", *dq), _tuning("dkdv", *dk) if dk else None
 
 
-# Triton versions in which check.py has seen that the Hopper kernels are right. With another one the
-# plain kernels run. The first two need inval_dead_mbarriers of flash_attn.py.
+# Triton versions with which check.py has seen on a GPU that the Hopper kernels are right. With
+# another one the plain kernels run. The first two need inval_dead_mbarriers of flash_attn.py.
 DEAD_MBARRIERS = triton.__version__.startswith(("3.6.", "3.7."))
 SPECIALISED = DEAD_MBARRIERS or triton.__version__.startswith("3.9.")
 

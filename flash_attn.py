@@ -13,6 +13,7 @@ A map, from top to bottom:
     Launching               what is compiled, what is kept.
     _forward, _backward     allocate, choose, launch.
     flash_attention         the public function; above it the operators and autograd.
+    packed, padded          which keys a row sees in packed and in padded batches.
 
 The algorithm is FlashAttention-2 (Dao, arXiv:2307.08691): a tile of queries walks over the keys and
 keeps each row's maximum m_i, sum l_i and unnormalised output acc. The Hopper schedule is that of
@@ -172,16 +173,35 @@ def load_resident(x, strides, b, h, block_index, salt, head_dim, block, block_d)
     )
 
 
-def load_row_vector(x, strides, b, h, block_index, block):
-    """x[b, h, rows] of a tile, float32; rows past the end give the last row's number (rule 3)."""
-    rows = torch.clamp(block_index * block + hl.arange(block), max=x.size(2) - 1)
+def load_numbers(x, strides, b, h, index, like):
+    """x[b, h, index], 32 bits each, by a load that is not TMA (rule 3). like: of index's shape."""
     return hl.inline_triton(
-        "tl.inline_asm_elementwise('ld.global.f32 $0, [$1];', '=f,l', [({0}"
+        "tl.inline_asm_elementwise('ld.global.b32 $0, [$1];', '=r,l', [({0}"
         " + tl.cast({1}, tl.int64) * {2} + tl.cast({3}, tl.int64) * {4} + {5}).to(tl.int64)],"
-        " dtype=tl.float32, is_pure=True, pack=1)",
-        args=(x, b, strides[0], h, strides[1], rows),
-        output_like=hl.zeros([block], dtype=torch.float32),
+        " dtype=tl.int32, is_pure=True, pack=1).to({0}.dtype.element_ty, bitcast=True)",
+        args=(x, b, strides[0], h, strides[1], index),
+        output_like=like,
     )
+
+
+def load_row_vector(x, strides, b, h, rows):
+    """x[b, h, rows] of a tile; rows past the end give the last row's number."""
+    rows = torch.clamp(rows, max=x.size(2) - 1)
+    return load_numbers(x, strides, b, h, rows, hl.zeros([rows.size(0)], dtype=x.dtype))
+
+
+def load_interval(visible, strides, b, rows, N):
+    """The first and the last key that each row of a tile sees."""
+    first_key = load_row_vector(visible, strides, b, 0, rows)
+    last_key = load_row_vector(visible, strides, b, 1, rows)
+    return torch.clamp(first_key, min=0), torch.clamp(last_key, max=N - 1)
+
+
+def load_range(ranges, strides, b, block_index):
+    """The two numbers of ranges[b, :, block_index], which say where a loop begins and ends."""
+    like = hl.zeros([], dtype=torch.int32)
+    begin = load_numbers(ranges, strides, b, 0, block_index, like)
+    return begin, load_numbers(ranges, strides, b, 1, block_index, like)
 
 
 def valid_columns(d, head_dim):
@@ -212,9 +232,17 @@ def keys_end(m_end, N, diagonal, block_n=1):
     return int32(expression, N, m_end, diagonal, block_n)
 
 
+def keys_start(m, low, block_n):
+    """The first key that the rows from m on see, rounded down to block_n."""
+    return int32("tl.maximum(0, {0} + {1}) // {2} * {2}", m, low, block_n)
+
+
 # ---- The forward ---------------------------------------------------------------------------------
-# To change the mask, change the bounds of the loops over keys (keys_end; a window has a start, too)
-# and over queries (m_start and steps of dkdv_kernel), each comparison with last_key or distance,
+# Row i sees the keys from i + low to i + diagonal; `low` counts only if `windowed`. With `by_row`
+# visible[b, :, i] has the first and the last key, and ranges[b, :, i] where the loop over keys, or
+# in dkdv_kernel over queries, begins and ends for a block of 128 rows, or keys.
+# To change the mask, change the bounds of the loops over keys (keys_start, keys_end) and over
+# queries (m_start and m_end of dkdv_kernel), each comparison with first_key, last_key or distance,
 # the number of visible keys in in_range, and `masked` of the launches. Then compare with SDPA's
 # attn_mask at lengths around a tile's size, as check.py does, and each kernel by itself: the fix-up
 # repairs what hopper_forward_kernel leaves as NaN.
@@ -226,11 +254,16 @@ def _forward_kernel(
     v: torch.Tensor,  # [B, Hk, N, head_dim]
     out: torch.Tensor,  # [B, H, M, head_dim]
     lse: torch.Tensor,  # [B, H, M], float32, natural logarithm
+    visible: torch.Tensor,  # [B, 2, M], int32
+    ranges: torch.Tensor,  # [B, 2, number of blocks of 128 queries], int32
     qk_scale: float,  # scale * log2(e)
     head_dim: int,
-    diagonal: int,  # row i sees keys up to i + diagonal
+    low: int,
+    diagonal: int,
     block_m: hl.constexpr,
     block_n: hl.constexpr,
+    windowed: hl.constexpr,
+    by_row: hl.constexpr,
     rows_per_program: hl.constexpr,  # block_m; FIXUP_ROWS for the fix-up
 ) -> torch.Tensor:
     """Flash attention as in the paper, on any GPU, for any strides.
@@ -260,18 +293,27 @@ def _forward_kernel(
 
         for tile_m in hl.tile(tile_rows.begin, rows_end, block_size=block_m):
             last_key = torch.clamp(tile_m.index + diagonal, max=N - 1)  # the last one a row sees
+            first_key = torch.clamp(tile_m.index + low, min=0) if windowed else 0
+            n_start = keys_start(tile_m.begin, low, block_n) if windowed else 0
             n_end = keys_end(tile_m.begin + block_m, N, diagonal)
+            if by_row:
+                first_key = torch.clamp(visible[b, 0, tile_m], min=0)
+                last_key = torch.clamp(visible[b, 1, tile_m], max=N - 1)
+                n_start = ranges[b, 0, tile_m.begin // 128] // block_n * block_n
+                n_end = ranges[b, 1, tile_m.begin // 128]
             m_i = hl.full([tile_m], lowest, dtype=torch.float32)
             l_i = hl.zeros([tile_m], dtype=torch.float32)
             acc = hl.zeros([tile_m, BLOCK_D], dtype=torch.float32)
             q_tile = hl.load(q, [b, h, tile_m.index[:, None], d], extra_mask=d_valid)
-            for n in hl.grid(0, n_end, block_n):
+            for n in hl.grid(n_start, n_end, block_n):
                 keys = n + hl.arange(block_n)
                 kv_valid = (keys < N)[:, None] & d_valid
                 # Scores. The scale is applied in float32: on q in bf16 it would round once more.
                 k_tile = hl.load(k, [b, hk, keys[:, None], d], extra_mask=kv_valid)
                 qk = hl.dot(q_tile, k_tile.T, out_dtype=torch.float32) * qk_scale
                 qk = torch.where(keys[None, :] <= last_key[:, None], qk, float("-inf"))
+                if windowed:
+                    qk = torch.where(keys[None, :] >= first_key[:, None], qk, float("-inf"))
                 # Online softmax.
                 m_ij = torch.maximum(m_i, torch.amax(qk, -1))
                 p = exp2(qk - m_ij[:, None])
@@ -281,7 +323,7 @@ def _forward_kernel(
                 # Accumulate.
                 v_tile = hl.load(v, [b, hk, keys[:, None], d], extra_mask=kv_valid)
                 acc = hl.dot(p.to(v.dtype), v_tile, acc=acc * alpha[:, None])
-            l_inverse = torch.where(last_key < 0, 0.0, 1 / l_i)  # a row that sees no key is 0
+            l_inverse = torch.where(last_key < first_key, 0.0, 1 / l_i)  # 0 if a row sees no key
             lse[b, h, tile_m] = (m_i + log2(l_i)) * ln2
             out_tile = (acc * l_inverse[:, None]).to(out.dtype)
             hl.store(out, [b, h, tile_m.index[:, None], d], out_tile, extra_mask=d_valid)
@@ -291,10 +333,11 @@ def _forward_kernel(
 def _hopper_forward_kernel(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,  # as above
     lse: torch.Tensor,  # NaN in a row asks for the fix-up
-    qk_scale: float, head_dim: int, diagonal: int,  # as above; qk_scale > 0
+    visible: torch.Tensor, ranges: torch.Tensor,  # as above
+    qk_scale: float, head_dim: int, low: int, diagonal: int,  # as above; qk_scale > 0
     num_programs: int,  # one per SM
     paired: int,  # 1: a program takes query tiles in pairs, a long one and a short one
-    block_m: hl.constexpr, block_n: hl.constexpr,
+    block_m: hl.constexpr, block_n: hl.constexpr, windowed: hl.constexpr, by_row: hl.constexpr,
     masked: hl.constexpr,  # mask every tile; else only the last one, after the loop
     running_max: hl.constexpr,
     exact_lse: hl.constexpr,  # lse of p, not of the rounded p: for the gradient and return_lse
@@ -324,6 +367,7 @@ def _hopper_forward_kernel(
     Hk, N = k.size(1), k.size(2)
     BLOCK_D = hl.specialize(BLOCK_D)  # padded, by TMA with zeros
     group = H // Hk
+    visible_strides, ranges_strides = visible.stride(), ranges.stride()
     ln2, lowest = 0.6931471805599453, -3e38
     offset = 40.0  # a score of 0 gives p = 2^40: 40 bits above limit 1, 88 below limit 2
     # q as one matrix with q's row stride: head (b, h) starts at row b * row_b + h * row_h, column
@@ -357,6 +401,14 @@ def _hopper_forward_kernel(
         rows = (m_block + 1) * block_m + (hl.arange(block_m) - block_m)  # rule 2
         last_key = torch.clamp(rows + diagonal, max=N - 1)
         n_end = keys_end(int32("({0} + 1) * {1}", m_block, block_m), N, diagonal, block_n)
+        n_start = keys_start(int32("{0} * {1}", m_block, block_m), low, block_n) if windowed else 0
+        first_key = torch.clamp(rows + low, min=0) if windowed else 0
+        if by_row:
+            valid_b = int32("{0} * {1}", b, is_valid)  # without work left b may be B
+            first_key, last_key = load_interval(visible, visible_strides, valid_b, rows, N)
+            n_start, n_end = load_range(ranges, ranges_strides, valid_b, m_block)
+            n_start = int32("{0} // {1} * {1}", n_start, block_n)
+            n_end = int32("tl.cdiv({0}, {1}) * {1}", n_end, block_n)
         n_end = int32("{0} * {1}", n_end, is_valid)
 
         m_i = hl.full([block_m], lowest, dtype=torch.float32)
@@ -373,19 +425,21 @@ def _hopper_forward_kernel(
         # BLOCK_D = 256: shared memory has no room for V after the loop. One extra iteration does
         # the last p v.
         n_stop = n_end if BLOCK_D < 256 else int32("{0} + tl.minimum({0}, {1})", n_end, block_n)
-        for n in hl.grid(0, n_stop, block_n):
+        for n in hl.grid(n_start, n_stop, block_n):
             p_tile = p.to(v.dtype)  # before q k^T, which then reuses the registers of p
-            n_before = int32("tl.maximum({0} - {1}, 0)", n, block_n)  # at first p is 0: any V does
+            n_before = int32("tl.maximum({0} - {1}, {2})", n, block_n, n_start)  # at first p is 0
             v_tile = v[b, hk, n_before + hl.arange(block_n), :]
             # Scores. The extra iteration (BLOCK_D = 256) loads the last tile again: zeros beyond N
             # could raise the running maximum.
             n_load = int32("tl.minimum({0}, {1} - {2})", n, n_end, block_n)
             k_tile = k[b, hk, n_load + hl.arange(block_n), :]
             qk = hl.dot(q_tile, k_tile.T, out_dtype=torch.float32)
-            visible = hl.arange(block_n)[None, :] <= (last_key - n)[:, None]
+            sees = hl.arange(block_n)[None, :] <= (last_key - n)[:, None]
+            if windowed:
+                sees = sees & (hl.arange(block_n)[None, :] >= (first_key - n)[:, None])
             if running_max:
                 if masked:
-                    qk = torch.where(visible, qk, float("-inf"))
+                    qk = torch.where(sees, qk, float("-inf"))
                 m_ij = torch.maximum(m_i, torch.amax(qk, -1) * qk_scale)
                 alpha = exp2(m_i - m_ij)
                 m_i = m_ij
@@ -393,7 +447,7 @@ def _hopper_forward_kernel(
             else:
                 x = qk * qk_scale + offset
                 if masked:
-                    x = torch.where(visible, x, float("-inf"))
+                    x = torch.where(sees, x, float("-inf"))
             # Accumulate the previous tile. Order matters: mask, issue p v, then exp2, so that exp2
             # overlaps the tensor cores.
             acc = hl.dot(p_tile, v_tile, acc=acc)
@@ -427,15 +481,17 @@ def _hopper_forward_kernel(
         if BLOCK_D < 256:
             acc = hl.dot(p.to(v.dtype), v[b, hk, n_last + hl.arange(block_n), :], acc=acc)
         # Finish.
-        acc = acc * torch.where(last_key < 0, 0.0, 1 / l_i)[:, None]  # a row that sees no key is 0
+        sees_none = last_key < first_key
+        acc = acc * torch.where(sees_none, 0.0, 1 / l_i)[:, None]  # a row that sees no key is 0
         if running_max:
             lse_tile = (m_i + log2(l_i)) * ln2
         else:
             largest = torch.amax(torch.abs(acc), -1)  # of the scaled acc: rule 4
-            in_range = (l_i >= last_key + 1) & (l_i < float("inf")) & (largest < float("inf"))
+            in_range = (l_i >= last_key + 1 - first_key) & (l_i < float("inf"))
+            in_range = in_range & (largest < float("inf"))
             lse_tile = (log2(l_exact if exact_lse else l_i) - offset) * ln2
             lse_tile = torch.where(in_range, lse_tile, float("nan"))
-        lse_tile = torch.where(last_key < 0, float("-inf"), lse_tile)
+        lse_tile = torch.where(sees_none, float("-inf"), lse_tile)
         row_valid = (rows < M) & (is_valid > 0)
         d = hl.arange(BLOCK_D)[None, :]
         hl.store(lse, [b, h, rows], lse_tile, extra_mask=row_valid)
@@ -515,8 +571,11 @@ def _dkdv_kernel(
     q: torch.Tensor, do: torch.Tensor, aug: torch.Tensor,  # [B, H, M, head_dim]; aug: 16 columns
     k: torch.Tensor, v: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor,  # [B, Hk, N, head_dim]
     ds: torch.Tensor,  # ds^T, [B, H, N, M], N and M padded to multiples of 128
-    scale: float, qk_scale: float, head_dim: int, diagonal: int,
-    block_m: hl.constexpr, block_n: hl.constexpr, masked: hl.constexpr,  # some key is hidden
+    visible: torch.Tensor,  # [B, 2, M], int32
+    ranges: torch.Tensor,  # [B, 2, number of blocks of 128 keys], int32
+    scale: float, qk_scale: float, head_dim: int, low: int, diagonal: int,
+    block_m: hl.constexpr, block_n: hl.constexpr, windowed: hl.constexpr, by_row: hl.constexpr,
+    masked: hl.constexpr,  # some key is hidden
     write_ds: hl.constexpr, with_dk: hl.constexpr, with_dv: hl.constexpr,
     tma: hl.constexpr,  # read by TMA, and specialise as hopper_forward_kernel does
 ) -> torch.Tensor:  # fmt: skip
@@ -531,6 +590,7 @@ def _dkdv_kernel(
     Hk, N = k.size(1), k.size(2)
     BLOCK_D = hl.specialize(k.size(3))
     k_strides, v_strides = k.stride(), v.stride()
+    visible_strides, ranges_strides = visible.stride(), ranges.stride()
     group = H // Hk
     num_n_blocks = (N + block_n - 1) // block_n
     num_m_blocks = (M + 127) // 128 * (128 // block_m)
@@ -558,6 +618,14 @@ def _dkdv_kernel(
         # up to 128 queries.
         m_start = int32("tl.maximum(0, ({0} * {1} - {2}) // 128) * 128", n_block, block_n, diagonal)
         steps = int32("tl.maximum(0, {0} - {1} // {2})", num_m_blocks, m_start, block_m)
+        if windowed:  # up to the last query that sees a key of this tile, rounded up
+            m_end = int32("(({0} + 1) * {1} - {2} + 127) // 128 * 128", n_block, block_n, low)
+            steps = int32("tl.minimum({0}, tl.maximum(0, {1} - {2}) // {3})",
+                          steps, m_end, m_start, block_m)  # fmt: skip
+        if by_row:
+            m_start, m_end = load_range(ranges, ranges_strides, b,
+                                        int32("{0} * {1} // 128", n_block, block_n))  # fmt: skip
+            steps = int32("({0} - {1}) // {2}", m_end, m_start, block_m)
         for i in hl.grid(0, int32("{0} * {1}", steps, group), 1):
             g = fast_div(i, steps)
             h = int32("{0} * {1} + {2}", hk, group, g)
@@ -573,12 +641,19 @@ def _dkdv_kernel(
                 dp = hl.dot(v_tile, do_tile.T, out_dtype=torch.float32)
                 dp = hl.inline_triton(add_dot, args=(delta_ones, aug_tile, dp), output_like=dp)
                 p = exp2(s * qk_scale)  # a query beyond M has p = 1, but do = 0 and dp = 0
-                if masked:
+                if by_row:
+                    first_key, last_key = load_interval(visible, visible_strides, b, rows, N)
+                    p = torch.where(keys[:, None] >= first_key[None, :], p, 0.0)
+                    p = torch.where(keys[:, None] <= last_key[None, :], p, 0.0)
+                elif masked:
                     # One addition an element: `row >= column` makes ptxas compute the column's
                     # index again for each row (3 to 10% of the time).
                     from_diagonal = int32("{0} + {1} - {2} * {3}", m, diagonal, n_block, block_n)
                     distance = (from_diagonal - hl.arange(block_n))[:, None]
-                    p = torch.where(distance + hl.arange(block_m)[None, :] >= 0, p, 0.0)
+                    distance = distance + hl.arange(block_m)[None, :]
+                    p = torch.where(distance >= 0, p, 0.0)
+                    if windowed:
+                        p = torch.where(distance <= diagonal - low, p, 0.0)
                 if with_dv:
                     dv_acc = hl.dot(p.to(v.dtype), do_tile, acc=dv_acc)
                 ds_tile = (p * dp).to(k.dtype)
@@ -597,13 +672,15 @@ def _dkdv_kernel(
 
 def _dq_kernel(
     dq: torch.Tensor, k: torch.Tensor, ds: torch.Tensor,
-    scale: float, head_dim: int, diagonal: int, block_m: hl.constexpr, block_n: hl.constexpr,
+    ranges: torch.Tensor,  # as forward_kernel's
+    scale: float, head_dim: int, low: int, diagonal: int,
+    block_m: hl.constexpr, block_n: hl.constexpr, windowed: hl.constexpr, by_row: hl.constexpr,
 ) -> torch.Tensor:  # fmt: skip
     """dq of a tile of queries, from the ds that dkdv_kernel wrote."""
     B, H, M, BLOCK_D = dq.size()
     Hk, N = k.size(1), k.size(2)
     BLOCK_D = hl.specialize(BLOCK_D)
-    group = H // Hk
+    ranges_strides, group = ranges.stride(), H // Hk
     num_m_blocks = (M + block_m - 1) // block_m
     for w in hl.grid(B * H * num_m_blocks):
         # From the end: the ds that was written last may still be in L2, and the last queries see
@@ -616,8 +693,13 @@ def _dq_kernel(
         hk = int32("{0} // {1}", h, group)
         rows, d = m_block * block_m + hl.arange(block_m), hl.arange(BLOCK_D)
         n_end = keys_end(int32("({0} + 1) * {1}", m_block, block_m), N, diagonal)
+        n_start = keys_start(int32("{0} * {1}", m_block, block_m), low, block_n) if windowed else 0
+        if by_row:
+            n_start, n_end = load_range(ranges, ranges_strides, b,
+                                        int32("{0} * {1} // 128", m_block, block_m))  # fmt: skip
+            n_start = int32("{0} // {1} * {1}", n_start, block_n)
         acc = hl.zeros([block_m, BLOCK_D], dtype=torch.float32)
-        for n in hl.grid(0, n_end, block_n):
+        for n in hl.grid(n_start, n_end, block_n):
             keys = n + hl.arange(block_n)
             ds_index = [b.to(keys.dtype), h.to(keys.dtype), keys[:, None], rows[None, :]]
             # ds of keys from n_end on was never written.
@@ -632,9 +714,10 @@ def _hopper_dq_kernel(
     dq: torch.Tensor, q: torch.Tensor, do: torch.Tensor,  # [B, H, M, head_dim]
     lse: torch.Tensor, delta: torch.Tensor,  # [B, H, M], with the same strides
     k: torch.Tensor, v: torch.Tensor,  # [B, Hk, N, head_dim]
-    scale: float, qk_scale: float, head_dim: int, diagonal: int,
-    block_m: hl.constexpr, block_n: hl.constexpr,
-    masked: hl.constexpr,  # mask every tile: the diagonal is no multiple of block_n
+    visible: torch.Tensor, ranges: torch.Tensor,  # as forward_kernel's
+    scale: float, qk_scale: float, head_dim: int, low: int, diagonal: int,
+    block_m: hl.constexpr, block_n: hl.constexpr, windowed: hl.constexpr, by_row: hl.constexpr,
+    masked: hl.constexpr,  # mask every tile: windowed, or diagonal % block_n > 0
 ) -> torch.Tensor:  # fmt: skip
     """dq where ds is not in memory, in hopper_forward_kernel's order: ds k of the previous tile is
     issued after s and dp of this one, and the last tile is masked after the loop."""
@@ -642,6 +725,7 @@ def _hopper_dq_kernel(
     Hk, N = k.size(1), k.size(2)
     BLOCK_D = hl.specialize(BLOCK_D)
     q_strides, do_strides, lse_strides = q.stride(), do.stride(), lse.stride()
+    visible_strides, ranges_strides = visible.stride(), ranges.stride()
     group, log2e = H // Hk, 1.4426950408889634
     num_m_blocks = (M + block_m - 1) // block_m
     for w in hl.grid(B * H * num_m_blocks):
@@ -654,22 +738,32 @@ def _hopper_dq_kernel(
         d = hl.arange(BLOCK_D)
         last_key = torch.clamp(rows + diagonal, max=N - 1)
         n_end = keys_end(int32("({0} + 1) * {1}", m_block, block_m), N, diagonal, block_n)
+        first_key = torch.clamp(rows + low, min=0) if windowed else 0
+        n_start = keys_start(int32("{0} * {1}", m_block, block_m), low, block_n) if windowed else 0
+        if by_row:
+            first_key, last_key = load_interval(visible, visible_strides, b, rows, N)
+            n_start, n_end = load_range(ranges, ranges_strides, b, m_block)
+            n_start = int32("{0} // {1} * {1}", n_start, block_n)
+            n_end = int32("tl.cdiv({0}, {1}) * {1}", n_end, block_n)
         q_tile = load_resident(q, q_strides, b, h, m_block, w, head_dim, block_m, BLOCK_D)
         do_tile = load_resident(do, do_strides, b, h, m_block, 2 * w, head_dim, block_m, BLOCK_D)
-        lse_tile = load_row_vector(lse, lse_strides, b, h, m_block, block_m) * log2e
-        delta_tile = load_row_vector(delta, lse_strides, b, h, m_block, block_m)
+        q_rows = m_block * block_m + hl.arange(block_m)
+        lse_tile = load_row_vector(lse, lse_strides, b, h, q_rows) * log2e
+        delta_tile = load_row_vector(delta, lse_strides, b, h, q_rows)
         acc = hl.zeros([block_m, BLOCK_D], dtype=torch.float32)
         ds = hl.zeros([block_m, block_n], dtype=torch.float32)
-        for n in hl.grid(0, n_end, block_n):
+        for n in hl.grid(n_start, n_end, block_n):
             ds_tile = ds.to(k.dtype)
-            n_before = int32("tl.maximum({0} - {1}, 0)", n, block_n)
+            n_before = int32("tl.maximum({0} - {1}, {2})", n, block_n, n_start)
             k_before = k[b, hk, n_before + hl.arange(block_n), :]
             s = hl.dot(q_tile, k[b, hk, n + hl.arange(block_n), :].T, out_dtype=torch.float32)
             dp = hl.dot(do_tile, v[b, hk, n + hl.arange(block_n), :].T, out_dtype=torch.float32)
             x = s * qk_scale - lse_tile[:, None]
             if masked:
-                visible = hl.arange(block_n)[None, :] <= (last_key - n)[:, None]
-                x = torch.where(visible, x, float("-inf"))
+                sees = hl.arange(block_n)[None, :] <= (last_key - n)[:, None]
+                if windowed:
+                    sees = sees & (hl.arange(block_n)[None, :] >= (first_key - n)[:, None])
+                x = torch.where(sees, x, float("-inf"))
             acc = hl.dot(ds_tile, k_before, acc=acc)
             ds = exp2(x) * (dp - delta_tile[:, None])
         keys = n_end - block_n + hl.arange(block_n)
@@ -851,9 +945,9 @@ class Launch:
         """Compile and launch. In Triton's interpreter: execute."""
         if isinstance(jit, triton.JITFunction) and self.jit is None:
             # Triton compiles anew where an integer is 1 or a multiple of 16. Here only strides may
-            # be multiples of 16, if all are; lse, dlse and delta have strides of M.
+            # be multiples of 16, if all are; those of lse, dlse, delta, visible, ranges vary.
             is_aligned = lambda name: self.aligned and re.match(
-                r"(?!lse|dlse|delta)\w+_stride_", name)  # fmt: skip
+                r"(?!lse|dlse|delta|visible|ranges)\w+_stride_", name)  # fmt: skip
             self.jit = triton.jit(jit.fn, do_not_specialize=[
                 p.name for p, x in zip(jit.params, arguments)
                 if isinstance(x, int) and not p.is_constexpr and not is_aligned(p.name)
@@ -943,20 +1037,45 @@ def _for_tma(x, is_padded=False):
     return x
 
 
-def _diagonal(is_causal, M, N):
-    """Row i sees keys up to i + diagonal; N, where every row sees all keys.
+def _bounds(mask, M, N):
+    """low and diagonal: row i sees the keys from i + low to i + diagonal; -M and N: no limit.
 
-    is_causal: as flash_attention takes it, or its integer: 1 upper left, 2 lower right.
+    mask: (is_causal, left, right). is_causal: 0 no, 1 upper left, 2 lower right. left, right: of
+    the window; below 0: no limit.
     """
-    diagonal = (N, 0, N - M)[int(is_causal)]
-    return N if diagonal >= N - 1 else diagonal
+    is_causal, left, right = mask
+    aligned = 0 if is_causal == 1 else N - M
+    low = aligned - left if left >= 0 else -M
+    diagonal = aligned + (0 if is_causal else right) if is_causal or right >= 0 else N
+    return low if low > 1 - M else -M, diagonal if diagonal < N - 1 else N
 
 
-def _forward(q, k, v, is_causal, scale, config, exact_lse):
-    """out and lse."""
+def _query_ranges(visible, N):
+    """[B, 2, number of blocks of 128 queries], int32: the keys of a block begin and end there."""
+    first, last = visible.unbind(1)
+    first, last = first.clamp(min=0), last.clamp(max=N - 1)
+    sees = first <= last
+    blocks = lambda x, fill: torch.nn.functional.pad(
+        x.where(sees, fill), (0, -x.size(1) % 128), value=fill).unflatten(1, (-1, 128))  # fmt: skip
+    return torch.stack((blocks(first, N).amin(-1), blocks(last + 1, 0).amax(-1)), 1)
+
+
+def _key_ranges(query_ranges, N):
+    """[B, 2, number of blocks of 128 keys], int32: between these queries, multiples of 128, are all
+    that see a key of the block."""
+    begin, end = query_ranges.unsqueeze(2).unbind(1)
+    key = torch.arange(0, N, 128, dtype=torch.int32, device=begin.device).unsqueeze(1)
+    query = torch.arange(0, 128 * begin.size(2), 128, dtype=torch.int32, device=begin.device)
+    meets = (begin < key + 128) & (key < end)
+    end = (query + 128).where(meets, 0).amax(-1)
+    return torch.stack((query.where(meets, 2**30).amin(-1).minimum(end), end), 1)
+
+
+def _forward(q, k, v, visible, mask, scale, config, exact_lse):
+    """out and lse. visible: [B, 2, M], int32, or None. mask: as `_bounds` takes it."""
     if q.is_cuda and q.device.index != torch.cuda.current_device():  # where Triton launches
         with torch.cuda.device(q.device):
-            return _forward(q, k, v, is_causal, scale, config, exact_lse)
+            return _forward(q, k, v, visible, mask, scale, config, exact_lse)
     q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()  # a view may say -x by a bit only
     (B, H, M, D), N = q.shape, k.size(2)
     if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
@@ -971,12 +1090,15 @@ def _forward(q, k, v, is_causal, scale, config, exact_lse):
     if config is not None and (
         isinstance(config, helion.Config) or config.kernel == "blackwell"
     ):  # fmt: skip
-        found = _run_report(q, k, v, config, scale, bool(is_causal), exact_lse)
+        found = _run_report(q, k, v, config, scale, mask[0] > 0, exact_lse)
         if found is not None:
             return found
         config = None
-    diagonal = _diagonal(is_causal, M, N)
-    numbers, block_d = (scale * LOG2E, D, diagonal), configs.padded(D)
+    low, diagonal = _bounds(mask, M, N)
+    by_row = visible is not None
+    windowed = by_row or low > -M
+    is_dense = diagonal == N and not windowed
+    numbers, block_d = (scale * LOG2E, D, low, diagonal), configs.padded(D)
     capability, num_programs = _gpu(q.device)  # one program per SM
     tuning = config or configs.best(capability, D, q.dtype, B * H, M, N)
     plain_kernel, plain_tuning = forward_kernel, configs.hopper_general(D)
@@ -988,6 +1110,8 @@ def _forward(q, k, v, is_causal, scale, config, exact_lse):
         or scale < 2.0**-100  # -inf * scale must be -inf
     ):  # fmt: skip
         tuning = plain_tuning
+    if by_row and tuning.block_m > 128:  # a range is that of 128 rows
+        tuning = configs.HOPPER
     is_wide, for_tma, aligned = zip(_facts(q), _facts(k), _facts(v))
     if tuning.kernel == "hopper_forward" and (D < block_d or not all(for_tma)):
         if k.stride(1) == v.stride(1) == 0:  # one head, expanded: TMA takes no stride of 0
@@ -997,23 +1121,27 @@ def _forward(q, k, v, is_causal, scale, config, exact_lse):
     if any(is_wide) or out.numel() >= 2**31:
         plain_kernel = WIDE[forward_kernel]
     layout = q.dtype, block_d, q.device, D % 16 == 0 and all(aligned), False  # no float32 sums
-    block_m, block_n, tensors = tuning.block_m, tuning.block_n, (q, k, v, out, lse)
+    block_m, block_n = tuning.block_m, tuning.block_n
+    intervals = (visible, _query_ranges(visible, N)) if by_row else (lse, lse)  # not read
+    tensors = q, k, v, out, lse, *intervals
     if tuning.kernel != "hopper_forward":
-        launch(plain_kernel, tuning, tensors, numbers, (block_m, block_n, block_m), layout)
+        constants = block_m, block_n, windowed, by_row, block_m
+        launch(plain_kernel, tuning, tensors, numbers, constants, layout)
         return out, lse
-    running_max, is_dense = q.dtype == torch.float16, diagonal == N
+    running_max = q.dtype == torch.float16
     # The mask waits until after the loop if only the last tile has hidden keys: dense, or square
     # tiles whose block_n divides the diagonal. It cannot wait for a running maximum, and not with
     # BLOCK_D = 256, which has no product after the loop.
-    masked = not is_dense and (diagonal % block_n > 0 or block_n < block_m)
+    masked = windowed or not is_dense and (diagonal % block_n > 0 or block_n < block_m)
     if running_max or block_d == 256:
         masked = not is_dense or N % block_n > 0
     paired = int(not is_dense and B * H * _cdiv(M, block_m) > num_programs)
-    constants = block_m, block_n, masked, running_max, exact_lse and not running_max
+    constants = block_m, block_n, windowed, by_row, masked, running_max, (
+        exact_lse and not running_max)
     hopper_numbers = *numbers, num_programs, paired
     launch(hopper_forward_kernel, tuning, tensors, hopper_numbers, constants, layout)
     if not running_max:
-        constants = plain_tuning.block_m, plain_tuning.block_n, FIXUP_ROWS
+        constants = plain_tuning.block_m, plain_tuning.block_n, windowed, by_row, FIXUP_ROWS
         launch(plain_kernel, plain_tuning, tensors, numbers, constants, layout)
     return out, lse
 
@@ -1031,11 +1159,12 @@ def _chunks(B, Hk, group, M, N, itemsize):
     return batches, heads, min(M, max(128, rows // 128 * 128))
 
 
-def _backward(q, k, v, out, lse, do, dlse, is_causal, scale, needs_q, needs_kv):
-    """dq, dk, dv; None for a gradient that is not needed."""
+def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, needs_q, needs_kv):
+    """dq, dk, dv; None for a gradient that is not needed. visible, mask: as for `_forward`."""
     if q.is_cuda and q.device.index != torch.cuda.current_device():
         with torch.cuda.device(q.device):
-            return _backward(q, k, v, out, lse, do, dlse, is_causal, scale, needs_q, needs_kv)
+            return _backward(
+                q, k, v, out, lse, visible, do, dlse, mask, scale, needs_q, needs_kv)
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     do, lse = torch.zeros_like(out) if do is None else do, lse.contiguous()
@@ -1050,7 +1179,13 @@ def _backward(q, k, v, out, lse, do, dlse, is_causal, scale, needs_q, needs_kv):
     scale = D**-0.5 if scale is None else float(scale)
     # 1 / divisor must be finite. Below 2^-60 scores round to 0: p stays the same.
     divisor = scale if abs(scale) > 2.0**-60 else 2.0**-60
-    diagonal = _diagonal(is_causal, M, N)
+    low, diagonal = _bounds(mask, M, N)
+    by_row = visible is not None
+    windowed = by_row or low > -M
+    query_ranges = key_ranges = lse  # not read
+    if by_row:
+        query_ranges = _query_ranges(visible, N)
+        key_ranges = _key_ranges(query_ranges, N)
 
     # Tunings of dkdv_kernel, of the kernel for dq, and of dkdv_kernel for dk alone, or None.
     # dq_kernel needs ds in memory, hopper_dq_kernel does not. Wide tensors take the plain kernels,
@@ -1092,31 +1227,40 @@ def _backward(q, k, v, out, lse, do, dlse, is_causal, scale, needs_q, needs_kv):
     for b, h, m in itertools.product(
         range(0, B, batches), range(0, Hk, heads), range(0, M, rows)
     ):
-        numbers = D, diagonal if diagonal == N else diagonal + m
+        numbers = D, low + m, diagonal if diagonal == N else diagonal + m
         q_, do_, aug_, dq_, k_, v_, dk_, dv_ = q, do, aug, dq, k, v, dk, dv
+        visible_, of_queries_, of_keys_ = visible if by_row else lse, query_ranges, key_ranges
         if not is_whole:
             part = slice(b, b + batches), slice(h, h + heads)
             k_, v_, dk_, dv_ = (x[part] for x in (k, v, dk, dv))
             part = part[0], slice(h * group, (h + heads) * group), slice(m, m + rows)
             q_, do_, aug_, dq_ = (x if x is None else x[part] for x in (q, do, aug, dq))
+            if by_row:
+                visible_ = visible[part[0], :, part[2]]
+                of_queries_ = query_ranges[part[0], :, m // 128 : (m + rows) // 128]
+                of_keys_ = (key_ranges[part[0]] - m).clamp(0, 128 * of_queries_.size(2))
         if is_summed:
             dk_sum, dv_sum, dk_, dv_ = dk_, dv_, torch.empty_like(dk_), torch.empty_like(dv_)
         for tuning, *mode in modes:
-            constants = tuning.block_m, tuning.block_n, diagonal < N, *mode, tma
-            launch(of_keys, tuning, (q_, do_, aug_, k_, v_, dk_, dv_, ds),
+            masked = windowed or diagonal < N
+            constants = tuning.block_m, tuning.block_n, windowed, by_row, masked, *mode, tma
+            tensors = q_, do_, aug_, k_, v_, dk_, dv_, ds, visible_, of_keys_
+            launch(of_keys, tuning, tensors,
                    (scale, divisor * LOG2E, *numbers), constants,
                    (*layout[:4], is_summed))  # fmt: skip
         if is_summed:
             dk_sum += dk_
             dv_sum += dv_
         if needs_q and keep_ds:
-            constants = of_dq.block_m, of_dq.block_n
-            launch(of_queries, of_dq, (dq_, k_, ds), (scale, *numbers), constants, layout)
+            constants = of_dq.block_m, of_dq.block_n, windowed, by_row
+            tensors = dq_, k_, ds, of_queries_
+            launch(of_queries, of_dq, tensors, (scale, *numbers), constants, layout)
         elif needs_q:
-            masked = diagonal < N and diagonal % of_dq.block_n > 0
-            launch(hopper_dq_kernel, of_dq, (dq_, q_, do_, lse, delta, k_, v_),
-                   (scale, divisor * LOG2E, *numbers), (of_dq.block_m, of_dq.block_n, masked),
-                   layout)  # fmt: skip
+            masked = windowed or diagonal < N and diagonal % of_dq.block_n > 0
+            constants = of_dq.block_m, of_dq.block_n, windowed, by_row, masked
+            tensors = dq_, q_, do_, lse, delta, k_, v_, visible_, of_queries_
+            launch(hopper_dq_kernel, of_dq, tensors,
+                   (scale, divisor * LOG2E, *numbers), constants, layout)  # fmt: skip
     if not needs_kv:
         return dq, None, None
     return dq, dk.to(k.dtype), dv.to(v.dtype)
@@ -1130,27 +1274,29 @@ _NAME = __name__.replace(".", "_")
 
 @torch.library.custom_op(f"{_NAME}::forward", mutates_args=())
 def _forward_operator(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-    variant: int, scale: float | None, exact_lse: bool,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None,
+    is_causal: int, left: int, right: int, scale: float | None, exact_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    return _forward(q, k, v, variant, scale, None, exact_lse)
+    return _forward(q, k, v, visible, (is_causal, left, right), scale, None, exact_lse)
 
 
 @_forward_operator.register_fake
-def _(q, k, v, variant, scale, exact_lse):
+def _(q, k, v, visible, is_causal, left, right, scale, exact_lse):
     return _out_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op(f"{_NAME}::backward", mutates_args=())
 def _backward_operator(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
-    do: torch.Tensor | None, dlse: torch.Tensor | None, variant: int, scale: float | None,
+    visible: torch.Tensor | None, do: torch.Tensor | None, dlse: torch.Tensor | None,
+    is_causal: int, left: int, right: int, scale: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    return _backward(q, k, v, out, lse, do, dlse, variant, scale, True, True)
+    mask = is_causal, left, right
+    return _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, True, True)
 
 
 @_backward_operator.register_fake
-def _(q, k, v, out, lse, do, dlse, variant, scale):
+def _(q, k, v, out, lse, visible, do, dlse, is_causal, left, right, scale):
     return _out_like(q), _out_like(k), _out_like(v)
 
 
@@ -1167,19 +1313,19 @@ def _is_traced(q, k, v):
     )  # fmt: skip
 
 
-def _dispatch(q, k, v, is_causal, scale, config, exact_lse):
+def _dispatch(q, k, v, visible, mask, scale, config, exact_lse):
     """out and lse, by the operator where torch traces the call."""
     if _is_traced(q, k, v):
-        return _forward_operator(q, k, v, int(is_causal), scale, exact_lse)
-    return _forward(q, k, v, is_causal, scale, config, exact_lse)
+        return _forward_operator(q, k, v, visible, *mask, scale, exact_lse)
+    return _forward(q, k, v, visible, mask, scale, config, exact_lse)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, is_causal, scale, config):
-        out, lse = _dispatch(q, k, v, is_causal, scale, config, True)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.options = int(is_causal), scale
+    def forward(ctx, q, k, v, visible, mask, scale, config):
+        out, lse = _dispatch(q, k, v, visible, mask, scale, config, True)
+        ctx.save_for_backward(q, k, v, out, lse, visible)
+        ctx.mask, ctx.scale = mask, scale
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -1188,27 +1334,28 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, do, dlse):
         tensors = *ctx.saved_tensors, do, dlse  # read once: checkpointing forbids a second
         if _is_traced(*tensors[:3]):
-            grads = _backward_operator(*tensors, *ctx.options)
+            grads = _backward_operator(*tensors, *ctx.mask, ctx.scale)
         else:
             needs_q, *needs_kv = ctx.needs_input_grad[:3]
-            grads = _backward(*tensors, *ctx.options, needs_q, any(needs_kv))
-        return *grads, None, None, None
+            grads = _backward(*tensors, ctx.mask, ctx.scale, needs_q, any(needs_kv))
+        return *grads, None, None, None, None
 
 
 def _sdpa_forward(q, k, v, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
     if dropout_p or return_debug_mask:
         raise RuntimeError("flash_attn.py has no dropout: call "
                            "torch.nn.attention.restore_flash_attention_impl()")  # fmt: skip
-    _check(q, k, v, is_causal, scale, True, None)
+    _check(q, k, v, is_causal, None, None, None, scale, True, None)
     # is_causal of SDPA's flash backend is lower right: torch.nn.attention.bias relies on that.
-    out, lse = _forward(q, k, v, 2 * is_causal, scale, None, True)
+    out, lse = _forward(q, k, v, None, (2 * is_causal, -1, -1), scale, None, True)
     seed, offset = (torch.zeros(n, dtype=torch.uint64, device=q.device) for n in ((2,), ()))
     return out, lse, None, None, q.size(2), k.size(2), seed, offset, q.new_empty(0)
 
 
 def _sdpa_backward(do, q, k, v, out, lse, _q, _k, M, N, dropout_p, is_causal, _seed, _offset, *,
                    scale=None):  # fmt: skip
-    return _backward(q, k, v, out, lse, do, None, 2 * is_causal, scale, True, True)
+    mask = 2 * is_causal, -1, -1
+    return _backward(q, k, v, out, lse, None, do, None, mask, scale, True, True)
 
 
 class _Registered:
@@ -1230,7 +1377,7 @@ if hasattr(torch.nn.attention, "register_flash_attention_impl"):  # torch 2.13
 # ---- The public function -------------------------------------------------------------------------
 
 
-def _check(q, k, v, is_causal, scale, enable_gqa, config):
+def _check(q, k, v, is_causal, window, visible, sinks, scale, enable_gqa, config):
     """Raise the error that flash_attention documents, or return nothing."""
     if torch.jit.is_tracing():
         raise RuntimeError("flash_attention does not run under torch.jit.trace: "
@@ -1249,7 +1396,7 @@ def _check(q, k, v, is_causal, scale, enable_gqa, config):
     if not q.device == k.device == v.device:
         raise ValueError("q, k and v must be on one device, got "
                          f"{q.device}, {k.device}, {v.device}")  # fmt: skip
-    (B, H, _, D), Hk = q.shape, k.shape[1]
+    (B, H, M, D), Hk = q.shape, k.shape[1]
     if D % 8 or not 8 <= D <= 256:
         raise ValueError(f"q's head dim (size(3)) must be a multiple of 8 up to 256, got {D}")
     if k.shape[0] != B or k.shape[3] != D or v.shape != k.shape:
@@ -1260,6 +1407,25 @@ def _check(q, k, v, is_causal, scale, enable_gqa, config):
         raise ValueError(f"k's number of heads (size(1)) must {divides} q's {H}, got {Hk}")
     if not isinstance(is_causal, (bool, CausalVariant)):
         raise TypeError(f"is_causal must be a bool or a CausalVariant, got {is_causal!r}")
+    if window is not None and not (
+        isinstance(window, (tuple, list)) and len(window) == 2
+        and all(x is None or type(x) is int for x in window)
+    ):  # fmt: skip
+        raise TypeError(f"window must be (left, right), integers or None, got {window!r}")
+    if visible is not None and not (
+        isinstance(visible, (tuple, list)) and len(visible) == 2 and all(
+            isinstance(x, torch.Tensor) and x.dtype == torch.int32 and x.device == q.device
+            and x.shape in ((M,), (B, M)) for x in visible)
+    ):  # fmt: skip
+        raise ValueError(f"visible must be (first, last), int32 of shape ({M},) or ({B}, {M}) on "
+                         f"{q.device}, got {visible!r:.99}")  # fmt: skip
+    if visible is not None and not (window is None and is_causal is False):
+        raise ValueError("visible replaces is_causal and window: leave these out")
+    if sinks is not None and not (
+        isinstance(sinks, torch.Tensor) and sinks.shape == (H,) and sinks.device == q.device
+        and sinks.is_floating_point()
+    ):  # fmt: skip
+        raise ValueError(f"sinks must be floats of shape ({H},) on {q.device}, got {sinks!r:.99}")
     if not isinstance(enable_gqa, bool):
         raise TypeError(f"enable_gqa must be a bool, got {enable_gqa!r}")
     if not isinstance(scale, (float, int, type(None))):
@@ -1267,11 +1433,14 @@ def _check(q, k, v, is_causal, scale, enable_gqa, config):
     if scale is not None and not abs(scale) < 2e38:  # times log2(e) it has to be a float32
         raise ValueError(f"scale must be finite and below 2e38, got {scale}")
     if config is not None:
-        _check_config(q, k, is_causal, config)
+        _check_config(q, k, is_causal, window, visible, sinks, config)
 
 
-def _check_config(q, k, is_causal, config):
+def _check_config(q, k, is_causal, window, visible, sinks, config):
     D = q.size(3)
+    of_others = isinstance(config, helion.Config) or getattr(config, "kernel", "") == "blackwell"
+    if of_others and any(x is not None for x in (window, visible, sinks)):
+        raise ValueError("config is the report's or Blackwell's: without window, visible and sinks")
     if isinstance(config, helion.Config):
         if is_causal is not False or q.size(1) != k.size(1) or D.bit_count() > 1:
             raise ValueError("config is the report's: its kernel is dense, without GQA, and takes "
@@ -1298,7 +1467,8 @@ def _check_config(q, k, is_causal, config):
 
 
 def flash_attention(
-    q, k, v, *, is_causal=False, scale=None, enable_gqa=False, return_lse=False, config=None
+    q, k, v, *, is_causal=False, window=None, visible=None, sinks=None, scale=None,
+    enable_gqa=False, return_lse=False, config=None,
 ):
     """softmax(q k^T * scale) v and its gradient, called as torch's scaled_dot_product_attention.
 
@@ -1309,6 +1479,14 @@ def flash_attention(
         CausalVariant.LOWER_RIGHT: up to i + N - M, so that the last row sees all keys. A row that
         sees no key is 0. NaN or inf in v may reach rows that do not see it, as in SDPA's math
         backend.
+    window: (left, right), as flash-attn's window_size: row i also sees no key before i + N - M -
+        left and none after i + N - M + right; before i - left with is_causal=True. None or below 0:
+        no limit on this side. Causal, right counts as 0. No other tile is loaded. (window, visible:
+        tested in Triton's interpreter and compiled for sm_90; not yet run on a GPU.)
+    visible: (first, last), int32, [B, M] or [M]: row i sees the keys from first[i] to last[i], none
+        if first[i] > last[i]. Any intervals are right. Of 128 rows, the tiles between the lowest
+        first and the highest last are loaded: fast where both grow with i. See `packed`, `padded`.
+    sinks: [H], floats: one more score in each row's softmax, without a value (gpt-oss). lse has it.
     scale: a float below 2e38; 1 / sqrt(D) if None. Scores, q k^T * scale, have to stay below 2e38,
         too (float16 on Hopper: below 1e8).
     enable_gqa: Hk may divide H: each H / Hk consecutive heads of q share a head of k and v.
@@ -1319,7 +1497,8 @@ def flash_attention(
     Returns out: [B, H, M, D], in q's dtype and layout. With return_lse (out, lse), lse: [B, H, M],
     float32, the natural logarithm of each row's sum of exp(q k^T * scale); -inf for a row that sees
     no key. out is the same, bit for bit.
-    Differentiable once, with respect to q, k and v, through out and lse; the same bits at each run.
+    Differentiable once, with respect to q, k, v and sinks, through out and lse; the same bits at
+    each run.
     The gradient takes up to 1 GB for a while; on Hopper for head dims from 40 to 64, nothing.
     The Hopper kernels read copies of tensors that TMA cannot read: rows that are not contiguous or
     do not start at multiples of 16 bytes, expanded batches, and a q whose head dim is padded and
@@ -1340,7 +1519,10 @@ def flash_attention(
     ):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) if getattr(x, "dtype", None) in DTYPES else x for x in (q, k, v))
-    _check(q, k, v, is_causal, scale, enable_gqa, config)
+    _check(q, k, v, is_causal, window, visible, sinks, scale, enable_gqa, config)
+    if visible is not None:
+        visible = torch.stack([x.expand(q.size(0), -1) for x in visible], 1)
+    mask = int(is_causal), *(-1 if x is None or x < 0 else x for x in window or (-1, -1))
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if config is not None:
         if isinstance(config, helion.Config) and (return_lse or needs_grad):
@@ -1357,7 +1539,53 @@ def flash_attention(
         ):
             raise RuntimeError("flash_attention has no forward-mode derivative")
     if needs_grad:
-        out, lse = _Attention.apply(q, k, v, is_causal, scale, config)
+        out, lse = _Attention.apply(q, k, v, visible, mask, scale, config)
     else:
-        out, lse = _dispatch(q, k, v, is_causal, scale, config, return_lse)
+        with_lse = return_lse or sinks is not None
+        out, lse = _dispatch(q, k, v, visible, mask, scale, config, with_lse)
+    if sinks is not None:
+        sinks = sinks.float()[:, None]
+        out = (out * (lse - sinks).sigmoid()[..., None]).to(out.dtype)
+        lse = torch.logaddexp(lse, sinks)
     return (out, lse) if return_lse else out
+
+
+def packed(cu_seqlens_q, cu_seqlens_k, total_q, *, is_causal=False, window=None):
+    """`visible` for sequences that are packed one after the other, as flash-attn's varlen functions
+    have them: q [1, H, total_q, D], k and v [1, Hk, total_k, D].
+
+    cu_seqlens_q, cu_seqlens_k: [sequences + 1], int32: where each sequence begins, and the last one
+    ends. Rows after that see nothing. is_causal: lower right in each sequence. window: (left,
+    right), as flash_attention's. Nothing is copied to the host.
+    """
+    row = torch.arange(total_q, dtype=torch.int32, device=cu_seqlens_q.device)
+    end_q, end_k = cu_seqlens_q[1:], cu_seqlens_k[1:]
+    i = torch.searchsorted(end_q, row, right=True)
+    inside, i = i < end_q.numel(), i.clamp(max=end_q.numel() - 1)
+    return _interval(cu_seqlens_k[i].where(inside, 2**30), end_k[i], row + end_k[i] - end_q[i],
+                     is_causal, window)  # fmt: skip
+
+
+def padded(mask, M=None, *, is_causal=False, window=None):
+    """`visible` for a padding mask [B, N] of 0 and 1, whose ones are contiguous: a hole counts as
+    ones.
+
+    M: number of queries, the last M of the N positions; N if None. is_causal: lower right. window:
+    (left, right), as flash_attention's. Nothing is copied to the host.
+    """
+    key = torch.arange(mask.size(1), dtype=torch.int32, device=mask.device)
+    first = key.where(mask != 0, 2**30).amin(1, keepdim=True)
+    end = (key + 1).where(mask != 0, 0).amax(1, keepdim=True)
+    row = key if M is None else key[key.numel() - M :]
+    return _interval(first.expand(-1, row.numel()), end, row, is_causal, window)
+
+
+def _interval(first, end, diagonal, is_causal, window):
+    """(first, last) of rows that see the keys from first to end - 1, or fewer around diagonal."""
+    left, right = (-1 if x is None else x for x in window or (-1, -1))
+    last = (end - 1).expand_as(first)
+    if left >= 0:
+        first = first.maximum(diagonal - left)
+    if is_causal or right >= 0:
+        last = last.minimum(diagonal + (0 if is_causal else right))
+    return first.contiguous(), last.contiguous()
