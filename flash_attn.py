@@ -1554,6 +1554,8 @@ def packed(cu_seqlens_q, cu_seqlens_k, total_q, *, is_causal=False, window=None)
     """`visible` for sequences that are packed one after the other, as flash-attn's varlen functions
     have them: q [1, H, total_q, D], k and v [1, Hk, total_k, D].
 
+        flash_attention(q, k, v, visible=packed(cu_seqlens, cu_seqlens, q.size(2), is_causal=True))
+
     cu_seqlens_q, cu_seqlens_k: [sequences + 1], int32: where each sequence begins, and the last one
     ends. Rows after that see nothing. is_causal: lower right in each sequence. window: (left,
     right), as flash_attention's. Nothing is copied to the host.
