@@ -137,9 +137,11 @@ def random_rows(B, M, N, grows):
     """Rows whose ends are anywhere, also beyond the keys; or where both ends grow with the row."""
     noise = torch.Generator().manual_seed(0)
     first, last = (torch.randint(-5, N + 5, (B, M), generator=noise) for _ in range(2))
+    first[:, 7], last[:, 5], last[:, 9] = 2**31 - 1, -(2**31), 2**31 - 1
     if grows:
         first = first.sort(1).values
-        last = (first + torch.randint(-2, 60, (B, M), generator=noise)).cummax(1).values
+        last = first + torch.randint(-2, 60, (B, M), generator=noise)
+        last = last.cummax(1).values.clamp(max=2**31 - 1)
     return first.int().to(DEVICE), last.int().to(DEVICE)
 
 
@@ -251,6 +253,9 @@ GRADIENT = [  # and what of ds is kept at a time: all, two heads of keys, 128 qu
 GRADIENT += [(BOTH, BF16, dim, mask, "bhsd", kept, (1, 2, 1, 300, 340))
              for mask, dim, kept in (("window", D, "queries"), ("left", D, "all"),
                                      ("window_lower", 64, "heads"), ("window_upper", D, "queries"))]
+# dkdv_kernel's tiles of keys are smaller than dq_kernel's: no ds that was not written is read.
+GRADIENT += [(OURS, dtypes, dim, "window", "bhsd", "all", (1, 1, 1, 256, 256))
+             for dtypes, dim in ((BF16, 256), (FLOAT, 128))]  # fmt: skip
 GRADIENT += [(BOTH, BF16, dim, mask, "bhsd", kept, shape) for mask, dim, kept, shape in (
     ("random", D, "queries", ROWS_CASES[0]), ("growing", D, "all", ROWS_CASES[0]),
     ("padded_causal", D, "heads", ROWS_CASES[0]), ("packed_causal", 128, "queries", ROWS_CASES[1]),
@@ -923,8 +928,20 @@ def intervals():
             for b, i, j in itertools.product(range(3), range(M), range(6)):
                 right_[b, i, j] = mask[b, j] > 0 and inside(j - 6 - (i - M))
             assert torch.equal(found[:, 0].cpu(), right_), ("padded", M, options)
+    for window in ((2**31, 0), (2**70, 2**31 - 1)):
+        first, last = flash_attn.packed(*tensors, 22, window=window)
+        found = flash_attn.padded(mask, window=window)[0].amin()
+        assert first[0] == 0 == found and (window[1] == 0 or last[0] == 2), window
+    cu, wrong = tensors[0], functools.partial(raises, ValueError)
+    with wrong("cu_seqlens"):
+        flash_attn.packed(cu[:1], cu[:1], 4)
+    with wrong("mask"):
+        flash_attn.padded(mask, 7)
     q, k, v = make((1, 2, 200, D))
     rows = packed_rows(1, 200, 200)
+    wide = lambda x, facts=flash_attn._facts: (True, *facts(x)[1:])
+    with mock.patch.object(flash_attn, "_facts", wide):
+        compare(flash_attention(q, k, v, visible=rows), q, k, v, is_causal=Rows(*rows))
     flash_attention(q, k, v, visible=rows)
     if GPU:
         torch.cuda.set_sync_debug_mode("error")
@@ -939,6 +956,13 @@ def intervals():
 def sinks(config):
     """One more score in each row's softmax: out, lse and all gradients, by the definition."""
     qkv = make((2, 4, 150, D), keys=200, heads=2)
+    hidden = torch.tensor([3, 0, 3], dtype=torch.int32, device=DEVICE)
+    q, k, v = (x[:, :, :3].requires_grad_() for x in make((1, 2, 64, D)))
+    no_sink = torch.tensor([-INF, 1.0], device=DEVICE)
+    out, lse = flash_attention(
+        q, k, v, visible=(hidden, hidden * 0 + 2), sinks=no_sink, return_lse=True)  # fmt: skip
+    assert out.isfinite().all() and lse[0, 0, 0] == -INF and lse[0, 1, 0] == 1, (out, lse)
+    assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), (q, k, v)))
     sinks = torch.tensor([-3.0, 0.0, 2.0, 9.0], device=DEVICE)
     noise = torch.Generator(DEVICE).manual_seed(2)
     do, dlse = (torch.randn(2, 4, 150, *dim, generator=noise, device=DEVICE) for dim in ((D,), ()))

@@ -194,7 +194,7 @@ def load_interval(visible, strides, b, rows, N):
     """The first and the last key that each row of a tile sees."""
     first_key = load_row_vector(visible, strides, b, 0, rows)
     last_key = load_row_vector(visible, strides, b, 1, rows)
-    return torch.clamp(first_key, min=0), torch.clamp(last_key, max=N - 1)
+    return torch.clamp(first_key, min=0), torch.clamp(last_key, min=-1, max=N - 1)
 
 
 def load_range(ranges, strides, b, block_index):
@@ -297,8 +297,8 @@ def _forward_kernel(
             n_start = keys_start(tile_m.begin, low, block_n) if windowed else 0
             n_end = keys_end(tile_m.begin + block_m, N, diagonal)
             if by_row:
-                first_key = torch.clamp(visible[b, 0, tile_m], min=0)
-                last_key = torch.clamp(visible[b, 1, tile_m], max=N - 1)
+                first_key = torch.clamp(visible[b, 0, tile_m], min=0).to(tile_m.index.dtype)
+                last_key = torch.clamp(visible[b, 1, tile_m], max=N - 1).to(tile_m.index.dtype)
                 n_start = ranges[b, 0, tile_m.begin // 128] // block_n * block_n
                 n_end = ranges[b, 1, tile_m.begin // 128]
             m_i = hl.full([tile_m], lowest, dtype=torch.float32)
@@ -693,7 +693,8 @@ def _dq_kernel(
         hk = int32("{0} // {1}", h, group)
         rows, d = m_block * block_m + hl.arange(block_m), hl.arange(BLOCK_D)
         n_end = keys_end(int32("({0} + 1) * {1}", m_block, block_m), N, diagonal)
-        n_start = keys_start(int32("{0} * {1}", m_block, block_m), low, block_n) if windowed else 0
+        # Exactly: dkdv_kernel wrote no ds for a tile of keys that no row sees.
+        n_start = keys_start(int32("{0} * {1}", m_block, block_m), low, 1) if windowed else 0
         if by_row:
             n_start, n_end = load_range(ranges, ranges_strides, b,
                                         int32("{0} * {1} // 128", m_block, block_m))  # fmt: skip
@@ -1110,7 +1111,7 @@ def _forward(q, k, v, visible, mask, scale, config, exact_lse):
         or scale < 2.0**-100  # -inf * scale must be -inf
     ):  # fmt: skip
         tuning = plain_tuning
-    if by_row and tuning.block_m > 128:  # a range is that of 128 rows
+    if by_row and tuning is configs.HOPPER_64:  # a range is that of 128 rows
         tuning = configs.HOPPER
     is_wide, for_tma, aligned = zip(_facts(q), _facts(k), _facts(v))
     if tuning.kernel == "hopper_forward" and (D < block_d or not all(for_tma)):
@@ -1438,6 +1439,10 @@ def _check(q, k, v, is_causal, window, visible, sinks, scale, enable_gqa, config
 
 def _check_config(q, k, is_causal, window, visible, sinks, config):
     D = q.size(3)
+    if visible is not None and isinstance(config, configs.Tuning) and (
+        config.block_m != 128 if config.kernel == "hopper_forward" else config.block_m > 128
+    ) and config is not configs.HOPPER_64:  # fmt: skip
+        raise ValueError(f"config must have tiles of 128 rows for visible, got {config.block_m}")
     of_others = isinstance(config, helion.Config) or getattr(config, "kernel", "") == "blackwell"
     if of_others and any(x is not None for x in (window, visible, sinks)):
         raise ValueError("config is the report's or Blackwell's: without window, visible and sinks")
@@ -1522,7 +1527,7 @@ def flash_attention(
     _check(q, k, v, is_causal, window, visible, sinks, scale, enable_gqa, config)
     if visible is not None:
         visible = torch.stack([x.expand(q.size(0), -1) for x in visible], 1)
-    mask = int(is_causal), *(-1 if x is None or x < 0 else x for x in window or (-1, -1))
+    mask = int(is_causal), *_limits(window)
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if config is not None:
         if isinstance(config, helion.Config) and (return_lse or needs_grad):
@@ -1544,9 +1549,10 @@ def flash_attention(
         with_lse = return_lse or sinks is not None
         out, lse = _dispatch(q, k, v, visible, mask, scale, config, with_lse)
     if sinks is not None:
-        sinks = sinks.float()[:, None]
+        sinks = sinks.float().clamp(min=-1e38)[:, None]  # -inf - -inf would be NaN
         out = (out * (lse - sinks).sigmoid()[..., None]).to(out.dtype)
         lse = torch.logaddexp(lse, sinks)
+        lse = lse.where(lse > -9e37, float("-inf"))
     return (out, lse) if return_lse else out
 
 
@@ -1560,6 +1566,9 @@ def packed(cu_seqlens_q, cu_seqlens_k, total_q, *, is_causal=False, window=None)
     ends. Rows after that see nothing. is_causal: lower right in each sequence. window: (left,
     right), as flash_attention's. Nothing is copied to the host.
     """
+    if not cu_seqlens_q.shape == cu_seqlens_k.shape or cu_seqlens_q.numel() < 2:
+        raise ValueError("cu_seqlens_q and cu_seqlens_k must have one length, of at least 2, got "
+                         f"{tuple(cu_seqlens_q.shape)}, {tuple(cu_seqlens_k.shape)}")  # fmt: skip
     row = torch.arange(total_q, dtype=torch.int32, device=cu_seqlens_q.device)
     end_q, end_k = cu_seqlens_q[1:], cu_seqlens_k[1:]
     i = torch.searchsorted(end_q, row, right=True)
@@ -1575,6 +1584,8 @@ def padded(mask, M=None, *, is_causal=False, window=None):
     M: number of queries, the last M of the N positions; N if None. is_causal: lower right. window:
     (left, right), as flash_attention's. Nothing is copied to the host.
     """
+    if mask.dim() != 2 or not 0 < (mask.size(1) if M is None else M) <= mask.size(1):
+        raise ValueError(f"mask must be [B, N] and M at most N, got {tuple(mask.shape)} and {M}")
     key = torch.arange(mask.size(1), dtype=torch.int32, device=mask.device)
     first = key.where(mask != 0, 2**30).amin(1, keepdim=True)
     end = (key + 1).where(mask != 0, 0).amax(1, keepdim=True)
@@ -1582,9 +1593,14 @@ def padded(mask, M=None, *, is_causal=False, window=None):
     return _interval(first.expand(-1, row.numel()), end, row, is_causal, window)
 
 
+def _limits(window):
+    """left and right as integers that int32 holds beside a position; -1: no limit."""
+    return (-1 if x is None or x < 0 else min(x, 2**30) for x in window or (-1, -1))
+
+
 def _interval(first, end, diagonal, is_causal, window):
     """(first, last) of rows that see the keys from first to end - 1, or fewer around diagonal."""
-    left, right = (-1 if x is None else x for x in window or (-1, -1))
+    left, right = _limits(window)
     last = (end - 1).expand_as(first)
     if left >= 0:
         first = first.maximum(diagonal - left)
