@@ -257,7 +257,7 @@ GRADIENT += [(BOTH, BF16, dim, mask, "bhsd", kept, (1, 2, 1, 300, 340))
 GRADIENT += [(OURS, dtypes, dim, "window", "bhsd", "all", (1, 1, 1, 256, 256))
              for dtypes, dim in ((BF16, 256), (FLOAT, 128))]  # fmt: skip
 GRADIENT += [(BOTH, BF16, dim, mask, "bhsd", kept, shape) for mask, dim, kept, shape in (
-    ("random", D, "queries", ROWS_CASES[0]), ("growing", D, "all", ROWS_CASES[0]),
+    ("random", D, "queries", ROWS_CASES[0]), ("growing", D, "queries", ROWS_CASES[0]),
     ("padded_causal", D, "heads", ROWS_CASES[0]), ("packed_causal", 128, "queries", ROWS_CASES[1]),
     ("random", 256, "all", (1, 2, 1, 200, 209)))]  # fmt: skip
 DENSE, FP16 = ("bfloat16",), ("float16",)
