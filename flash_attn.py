@@ -197,11 +197,13 @@ def load_interval(visible, strides, b, rows, N):
     return torch.clamp(first_key, min=0), torch.clamp(last_key, min=-1, max=N - 1)
 
 
-def load_range(ranges, strides, b, block_index):
-    """The two numbers of ranges[b, :, block_index], which say where a loop begins and ends."""
+def load_range(ranges, strides, b, block_index, block=1):
+    """The two numbers of ranges[b, :, block_index], which say where a loop begins and ends, rounded
+    to whole tiles of `block`."""
     like = hl.zeros([], dtype=torch.int32)
     begin = load_numbers(ranges, strides, b, 0, block_index, like)
-    return begin, load_numbers(ranges, strides, b, 1, block_index, like)
+    end = load_numbers(ranges, strides, b, 1, block_index, like)
+    return int32("{0} // {1} * {1}", begin, block), int32("tl.cdiv({0}, {1}) * {1}", end, block)
 
 
 def valid_columns(d, head_dim):
@@ -239,8 +241,8 @@ def keys_start(m, low, block_n):
 
 # ---- The forward ---------------------------------------------------------------------------------
 # Row i sees the keys from i + low to i + diagonal; `low` counts only if `windowed`. With `by_row`
-# visible[b, :, i] has the first and the last key, and ranges[b, :, i] where the loop over keys, or
-# in dkdv_kernel over queries, begins and ends for a block of 128 rows, or keys.
+# row i sees the keys from visible[b, 0, i] to visible[b, 1, i]. Then ranges[b, :, j] says where the
+# loop of block j, 128 rows, begins and ends: over keys, in dkdv_kernel over queries.
 # To change the mask, change the bounds of the loops over keys (keys_start, keys_end) and over
 # queries (m_start and m_end of dkdv_kernel), each comparison with first_key, last_key or distance,
 # the number of visible keys in in_range, and `masked` of the launches. Then compare with SDPA's
@@ -406,9 +408,7 @@ def _hopper_forward_kernel(
         if by_row:
             valid_b = int32("{0} * {1}", b, is_valid)  # without work left b may be B
             first_key, last_key = load_interval(visible, visible_strides, valid_b, rows, N)
-            n_start, n_end = load_range(ranges, ranges_strides, valid_b, m_block)
-            n_start = int32("{0} // {1} * {1}", n_start, block_n)
-            n_end = int32("tl.cdiv({0}, {1}) * {1}", n_end, block_n)
+            n_start, n_end = load_range(ranges, ranges_strides, valid_b, m_block, block_n)
         n_end = int32("{0} * {1}", n_end, is_valid)
 
         m_i = hl.full([block_m], lowest, dtype=torch.float32)
@@ -698,7 +698,6 @@ def _dq_kernel(
         if by_row:
             n_start, n_end = load_range(ranges, ranges_strides, b,
                                         int32("{0} * {1} // 128", m_block, block_m))  # fmt: skip
-            n_start = int32("{0} // {1} * {1}", n_start, block_n)
         acc = hl.zeros([block_m, BLOCK_D], dtype=torch.float32)
         for n in hl.grid(n_start, n_end, block_n):
             keys = n + hl.arange(block_n)
@@ -743,9 +742,7 @@ def _hopper_dq_kernel(
         n_start = keys_start(int32("{0} * {1}", m_block, block_m), low, block_n) if windowed else 0
         if by_row:
             first_key, last_key = load_interval(visible, visible_strides, b, rows, N)
-            n_start, n_end = load_range(ranges, ranges_strides, b, m_block)
-            n_start = int32("{0} // {1} * {1}", n_start, block_n)
-            n_end = int32("tl.cdiv({0}, {1}) * {1}", n_end, block_n)
+            n_start, n_end = load_range(ranges, ranges_strides, b, m_block, block_n)
         q_tile = load_resident(q, q_strides, b, h, m_block, w, head_dim, block_m, BLOCK_D)
         do_tile = load_resident(do, do_strides, b, h, m_block, 2 * w, head_dim, block_m, BLOCK_D)
         q_rows = m_block * block_m + hl.arange(block_m)
@@ -1046,8 +1043,9 @@ def _bounds(mask, M, N):
     """
     is_causal, left, right = mask
     aligned = 0 if is_causal == 1 else N - M
+    right = 0 if is_causal else right
     low = aligned - left if left >= 0 else -M
-    diagonal = aligned + (0 if is_causal else right) if is_causal or right >= 0 else N
+    diagonal = aligned + right if right >= 0 else N
     return low if low > 1 - M else -M, diagonal if diagonal < N - 1 else N
 
 
@@ -1242,10 +1240,10 @@ def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, needs_q, needs_
                 of_keys_ = (key_ranges[part[0]] - m).clamp(0, 128 * of_queries_.size(2))
         if is_summed:
             dk_sum, dv_sum, dk_, dv_ = dk_, dv_, torch.empty_like(dk_), torch.empty_like(dv_)
+        masked = windowed or diagonal < N
+        tensors = q_, do_, aug_, k_, v_, dk_, dv_, ds, visible_, of_keys_
         for tuning, *mode in modes:
-            masked = windowed or diagonal < N
             constants = tuning.block_m, tuning.block_n, windowed, by_row, masked, *mode, tma
-            tensors = q_, do_, aug_, k_, v_, dk_, dv_, ds, visible_, of_keys_
             launch(of_keys, tuning, tensors,
                    (scale, divisor * LOG2E, *numbers), constants,
                    (*layout[:4], is_summed))  # fmt: skip
@@ -1601,9 +1599,10 @@ def _limits(window):
 def _interval(first, end, diagonal, is_causal, window):
     """(first, last) of rows that see the keys from first to end - 1, or fewer around diagonal."""
     left, right = _limits(window)
+    right = 0 if is_causal else right
     last = (end - 1).expand_as(first)
     if left >= 0:
         first = first.maximum(diagonal - left)
-    if is_causal or right >= 0:
-        last = last.minimum(diagonal + (0 if is_causal else right))
+    if right >= 0:
+        last = last.minimum(diagonal + right)
     return first.contiguous(), last.contiguous()
