@@ -254,7 +254,7 @@ GRADIENT += [(BOTH, BF16, dim, mask, "bhsd", kept, (1, 2, 1, 300, 340))
              for mask, dim, kept in (("window", D, "queries"), ("left", D, "all"),
                                      ("window_lower", 64, "heads"), ("window_upper", D, "queries"))]
 # dkdv_kernel's tiles of keys are smaller than dq_kernel's: no ds that was not written is read.
-GRADIENT += [(OURS, dtypes, dim, "window", "bhsd", "all", (1, 1, 1, 256, 256))
+GRADIENT += [(("default",), dtypes, dim, "window", "bhsd", "all", (1, 1, 1, 256, 256))
              for dtypes, dim in ((BF16, 256), (FLOAT, 128))]  # fmt: skip
 GRADIENT += [(BOTH, BF16, dim, mask, "bhsd", kept, shape) for mask, dim, kept, shape in (
     ("random", D, "queries", ROWS_CASES[0]), ("growing", D, "queries", ROWS_CASES[0]),
