@@ -83,7 +83,7 @@ def _gradient(dkdv, dq, dk=None):
 # Triton versions with which check.py has seen on a GPU that the Hopper kernels are right. With
 # another one the plain kernels run. The first two need inval_dead_mbarriers of flash_attn.py.
 DEAD_MBARRIERS = triton.__version__.startswith(("3.6.", "3.7."))
-SPECIALISED = DEAD_MBARRIERS or triton.__version__.startswith("3.9.")
+SPECIALISED = DEAD_MBARRIERS or triton.__version__.startswith(("3.8.", "3.9."))
 
 # Hopper, bf16 and fp16, D up to 128. One program per SM: q, a last V and two stages of K and V fill
 # shared memory. num_warps is that of one warpgroup; there are three. maxnreg is a thread's share;
@@ -97,12 +97,12 @@ HOPPER_64 = Tuning("hopper_forward", 256, 64, _HOPPER, head_dim=64)  # reads K h
 HOPPER_256 = Tuning("hopper_forward", 128, 64, _HOPPER)  # 229,664 of 232,448 bytes shared
 # forward_kernel on Hopper: the fix-up, and each call that hopper_forward_kernel does not take.
 HOPPER_GENERAL, HOPPER_GENERAL_256 = _general(128, 128, 8, 2), _general(128, 64, 8, 2)
-# The gradient keeps k and v of a tile in shared memory; TMA loads q, do and aug.
+# The gradient keeps k and v of a tile in shared memory; TMA loads q, do, lse and delta.
 _HOPPER_GRADIENT = dict(host_tensor_descriptors=True, pid_type="flat", range_num_stages=[0, 2],
                         range_warp_specializes=[None, True])  # fmt: skip
 HOPPER_DKDV, HOPPER_DKDV_64 = (
     _tuning("hopper_dkdv", block_m, 128, 4, 2, **_HOPPER_GRADIENT,
-            indexing=["tensor_descriptor"] * 3 + ["pointer"] * 3)
+            indexing="tensor_descriptor")
     for block_m in (64, 128)
 )  # fmt: skip
 HOPPER_DQ_64 = _tuning("hopper_dq", 128, 128, 4, 2, **_HOPPER_GRADIENT,
@@ -145,7 +145,7 @@ def hopper_general(head_dim):
 def warn_of_plain_kernels():
     """Once: Hopper with an untried Triton has plain kernels, 1.6 to 2.2 times the time (H200)."""
     warnings.warn(
-        "The Hopper kernels of flash_attn.py were tried with Triton 3.6, 3.7 and 3.9. With "
+        "The Hopper kernels of flash_attn.py were tried with Triton 3.6 to 3.9. With "
         f"{triton.__version__} plain kernels run, at half of the speed. To try the Hopper kernels: "
         "`python check.py -k hopper`, then flash_attention(..., config=configs.HOPPER)",
         stacklevel=2,

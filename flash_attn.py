@@ -82,7 +82,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 #    of another tile, or NaN. So the kernels write a row a second time as
 #    (m_block + 1) * block_m - block_m, and load_resident adds and subtracts a salt.
 # 3. A load that is not TMA goes to the loading warpgroup, which cannot pass the result on (triton
-#    pull 11283): load a number per row by inline PTX (load_row_vector).
+#    pull 11283): load a number per row by inline PTX (load_row_vector), per column by TMA.
 # 4. No reduction of the raw accumulator after the loop: scale it first.
 # 5. A second loop, a product q k^T after the loop, or an `if` on a run-time value in the loop make
 #    the pass fail or, silently, not specialise: 4 warps instead of 12, kilobytes of spills.
@@ -190,11 +190,10 @@ def load_row_vector(x, strides, b, h, rows):
     return load_numbers(x, strides, b, h, rows, hl.zeros([rows.size(0)], dtype=x.dtype))
 
 
-def load_interval(visible, strides, b, rows, N):
+def load_interval(visible, strides, b, rows):
     """The first and the last key that each row of a tile sees."""
-    first_key = load_row_vector(visible, strides, b, 0, rows)
-    last_key = load_row_vector(visible, strides, b, 1, rows)
-    return torch.clamp(first_key, min=0), torch.clamp(last_key, min=-1, max=N - 1)
+    return (load_row_vector(visible, strides, b, 0, rows),
+            load_row_vector(visible, strides, b, 1, rows))  # fmt: skip
 
 
 def load_range(ranges, strides, b, block_index, block=1):
@@ -219,6 +218,12 @@ def load_tile(x, b, h, rows, d, head_dim, tma):
     b, h = b.to(rows.dtype), h.to(rows.dtype)  # int64 for tensors of 2^31 elements
     rows, d = rows.unsqueeze(1), d.unsqueeze(0)
     return hl.load(x, [b, h, rows, d], extra_mask=(rows < x.size(2)) & valid_columns(d, head_dim))
+
+
+def load_row(x, b, h, rows, tma):
+    """x[b, h, rows], zeros beyond x."""
+    b, h = (b, h) if tma else (b.to(rows.dtype), h)
+    return hl.load(x, [b, h, rows], extra_mask=None if tma else rows < x.size(2))
 
 
 def store_tile(x, b, h, rows, d, head_dim, value):
@@ -299,8 +304,8 @@ def _forward_kernel(
             n_start = keys_start(tile_m.begin, low, block_n) if windowed else 0
             n_end = keys_end(tile_m.begin + block_m, N, diagonal)
             if by_row:
-                first_key = torch.clamp(visible[b, 0, tile_m], min=0).to(tile_m.index.dtype)
-                last_key = torch.clamp(visible[b, 1, tile_m], max=N - 1).to(tile_m.index.dtype)
+                first_key = visible[b, 0, tile_m].to(tile_m.index.dtype)
+                last_key = visible[b, 1, tile_m].to(tile_m.index.dtype)
                 n_start = ranges[b, 0, tile_m.begin // 128] // block_n * block_n
                 n_end = ranges[b, 1, tile_m.begin // 128]
             m_i = hl.full([tile_m], lowest, dtype=torch.float32)
@@ -407,7 +412,7 @@ def _hopper_forward_kernel(
         first_key = torch.clamp(rows + low, min=0) if windowed else 0
         if by_row:
             valid_b = int32("{0} * {1}", b, is_valid)  # without work left b may be B
-            first_key, last_key = load_interval(visible, visible_strides, valid_b, rows, N)
+            first_key, last_key = load_interval(visible, visible_strides, valid_b, rows)
             n_start, n_end = load_range(ranges, ranges_strides, valid_b, m_block, block_n)
         n_end = int32("{0} * {1}", n_end, is_valid)
 
@@ -518,20 +523,13 @@ def _hopper_forward_kernel(
 def _delta_kernel(
     out: torch.Tensor, do: torch.Tensor,  # [B, H, M, head_dim]
     lse: torch.Tensor, dlse: torch.Tensor,  # [B, H, M], float32
-    aug: torch.Tensor,  # [B, H, M, 16], bfloat16
-    delta: torch.Tensor,  # [B, H, M], float32
-    inverse_scale: float, head_dim: int,
-    block_m: hl.constexpr, with_dlse: hl.constexpr,
+    lse_log2: torch.Tensor, minus_delta: torch.Tensor,  # [B, H, M], float32
+    head_dim: int, block_m: hl.constexpr, with_dlse: hl.constexpr,
 ) -> torch.Tensor:  # fmt: skip
-    """delta; and aug, which augments the products of dkdv_kernel by -lse / scale and -delta.
-
-    s^T has a column per query. The loading warpgroup cannot load a vector lse[None, :] by pointer
-    (rule 3); inline loads take 7 to 33% more time. So aug goes through TMA: columns 0 to 2 hold
-    -lse / scale, 3 to 5 hold -delta, as sums of three bfloat16 (3 * 8 bits are float32's 24), and
-    6 to 15 are 0. aug times a row of ones adds each number to a column of s^T or dp^T.
-    """
+    """-delta; and lse in base 2, or 0 for a row that sees no key: its p is masked."""
     B, H, M, BLOCK_D = out.size()
     BLOCK_D = hl.specialize(BLOCK_D)
+    log2e = 1.4426950408889634
     for tile_bh, tile_m in hl.tile([B * H, M], block_size=[1, block_m]):
         b, h = tile_bh.begin // H, tile_bh.begin % H
         d = hl.arange(BLOCK_D)[None, :]
@@ -541,17 +539,10 @@ def _delta_kernel(
         delta_tile = torch.sum(out_tile.to(torch.float32) * do_tile.to(torch.float32), -1)
         if with_dlse:
             delta_tile = delta_tile - dlse[b, h, tile_m]
-        delta[b, h, tile_m] = delta_tile
+        minus_delta[b, h, tile_m] = -delta_tile
         lse_tile = lse[b, h, tile_m]
-        lse_tile = torch.where(lse_tile == float("-inf"), 0.0, lse_tile)  # no key: all is masked
-        c = hl.arange(16)[None, :]
-        x = -torch.where(c < 3, (lse_tile * inverse_scale)[:, None], delta_tile[:, None])
-        high = x.to(torch.bfloat16).to(torch.float32)
-        middle = (x - high).to(torch.bfloat16).to(torch.float32)
-        x = torch.where(c % 3 == 0, high, torch.where(c % 3 == 1, middle, x - high - middle))
-        x = torch.where(c < 6, x, 0.0).to(torch.bfloat16)
-        hl.store(aug, [b, h, tile_m.index[:, None], c], x)
-    return aug
+        lse_log2[b, h, tile_m] = torch.where(lse_tile == float("-inf"), 0.0, lse_tile * log2e)
+    return minus_delta
 
 
 def head_and_block(w, num_heads, num_blocks):
@@ -568,7 +559,8 @@ def head_and_block(w, num_heads, num_blocks):
 
 
 def _dkdv_kernel(
-    q: torch.Tensor, do: torch.Tensor, aug: torch.Tensor,  # [B, H, M, head_dim]; aug: 16 columns
+    q: torch.Tensor, do: torch.Tensor,  # [B, H, M, head_dim]
+    lse_log2: torch.Tensor, minus_delta: torch.Tensor,  # [B, H, M], of delta_kernel
     k: torch.Tensor, v: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor,  # [B, Hk, N, head_dim]
     ds: torch.Tensor,  # ds^T, [B, H, N, M], N and M padded to multiples of 128
     visible: torch.Tensor,  # [B, 2, M], int32
@@ -589,8 +581,7 @@ def _dkdv_kernel(
     B, H, M, _ = q.size()
     Hk, N = k.size(1), k.size(2)
     BLOCK_D = hl.specialize(k.size(3))
-    k_strides, v_strides = k.stride(), v.stride()
-    visible_strides, ranges_strides = visible.stride(), ranges.stride()
+    k_strides, v_strides, ranges_strides = k.stride(), v.stride(), ranges.stride()
     group = H // Hk
     num_n_blocks = (N + block_n - 1) // block_n
     num_m_blocks = (M + 127) // 128 * (128 // block_m)
@@ -608,10 +599,6 @@ def _dkdv_kernel(
             else:
                 k_tile = load_tile(k, b, hk, keys, d, head_dim, False)
                 v_tile = load_tile(v, b, hk, keys, d, head_dim, False)
-            c = hl.arange(16)[None, :] + hl.zeros([block_n, 1], dtype=torch.int32)  # [block_n, 16]
-            lse_ones = torch.where(c < 3, 1.0, 0.0).to(torch.bfloat16)
-            delta_ones = torch.where((c >= 3) & (c < 6), 1.0, 0.0).to(torch.bfloat16)
-            add_dot = "tl.dot({0}, {1}.T, acc={2})"
         dk_acc = hl.zeros([block_n, BLOCK_D], dtype=torch.float32)
         dv_acc = hl.zeros([block_n, BLOCK_D], dtype=torch.float32)
         # The first query that sees a key of this tile, rounded down: dq_kernel reads ds in tiles of
@@ -635,14 +622,18 @@ def _dkdv_kernel(
             ds_index = [b.to(rows.dtype), h.to(rows.dtype), keys[:, None], rows[None, :]]
             if write_ds or with_dv:
                 do_tile = load_tile(do, b, h, rows, d, head_dim, tma)
-                aug_tile = load_tile(aug, b, h, rows, hl.arange(16), 16, tma)
-                s = hl.dot(k_tile, q_tile.T, out_dtype=torch.float32)
-                s = hl.inline_triton(add_dot, args=(lse_ones, aug_tile, s), output_like=s)
-                dp = hl.dot(v_tile, do_tile.T, out_dtype=torch.float32)
-                dp = hl.inline_triton(add_dot, args=(delta_ones, aug_tile, dp), output_like=dp)
-                p = exp2(s * qk_scale)  # a query beyond M has p = 1, but do = 0 and dp = 0
+                lse_tile = load_row(lse_log2, b, h, rows, tma)
+                delta_tile = load_row(minus_delta, b, h, rows, tma)
                 if by_row:
-                    first_key, last_key = load_interval(visible, visible_strides, b, rows, N)
+                    first_key = load_row(visible, b, 0, rows, tma)
+                    last_key = load_row(visible, b, 1, rows, tma)
+                s = hl.dot(k_tile, q_tile.T, out_dtype=torch.float32)
+                # -delta is dp's first summand: subtracted after the product, it spills.
+                dp = delta_tile[None, :] + hl.zeros([block_n, block_m], dtype=torch.float32)
+                dp = hl.dot(v_tile, do_tile.T, acc=dp)
+                # A query beyond M has p = 1, but do = 0 and dp = 0.
+                p = exp2(s * qk_scale - lse_tile[None, :])
+                if by_row:
                     p = torch.where(keys[:, None] >= first_key[None, :], p, 0.0)
                     p = torch.where(keys[:, None] <= last_key[None, :], p, 0.0)
                 elif masked:
@@ -712,7 +703,7 @@ def _dq_kernel(
 
 def _hopper_dq_kernel(
     dq: torch.Tensor, q: torch.Tensor, do: torch.Tensor,  # [B, H, M, head_dim]
-    lse: torch.Tensor, delta: torch.Tensor,  # [B, H, M], with the same strides
+    lse_log2: torch.Tensor, minus_delta: torch.Tensor,  # [B, H, M], of delta_kernel
     k: torch.Tensor, v: torch.Tensor,  # [B, Hk, N, head_dim]
     visible: torch.Tensor, ranges: torch.Tensor,  # as forward_kernel's
     scale: float, qk_scale: float, head_dim: int, low: int, diagonal: int,
@@ -724,9 +715,9 @@ def _hopper_dq_kernel(
     B, H, M, BLOCK_D = dq.size()
     Hk, N = k.size(1), k.size(2)
     BLOCK_D = hl.specialize(BLOCK_D)
-    q_strides, do_strides, lse_strides = q.stride(), do.stride(), lse.stride()
+    q_strides, do_strides, lse_strides = q.stride(), do.stride(), lse_log2.stride()
     visible_strides, ranges_strides = visible.stride(), ranges.stride()
-    group, log2e = H // Hk, 1.4426950408889634
+    group = H // Hk
     num_m_blocks = (M + block_m - 1) // block_m
     for w in hl.grid(B * H * num_m_blocks):
         bh, m_block = head_and_block(w, B * H, num_m_blocks)
@@ -741,13 +732,13 @@ def _hopper_dq_kernel(
         first_key = torch.clamp(rows + low, min=0) if windowed else 0
         n_start = keys_start(int32("{0} * {1}", m_block, block_m), low, block_n) if windowed else 0
         if by_row:
-            first_key, last_key = load_interval(visible, visible_strides, b, rows, N)
+            first_key, last_key = load_interval(visible, visible_strides, b, rows)
             n_start, n_end = load_range(ranges, ranges_strides, b, m_block, block_n)
         q_tile = load_resident(q, q_strides, b, h, m_block, w, head_dim, block_m, BLOCK_D)
         do_tile = load_resident(do, do_strides, b, h, m_block, 2 * w, head_dim, block_m, BLOCK_D)
         q_rows = m_block * block_m + hl.arange(block_m)
-        lse_tile = load_row_vector(lse, lse_strides, b, h, q_rows) * log2e
-        delta_tile = load_row_vector(delta, lse_strides, b, h, q_rows)
+        lse_tile = load_row_vector(lse_log2, lse_strides, b, h, q_rows)
+        delta_tile = load_row_vector(minus_delta, lse_strides, b, h, q_rows)
         acc = hl.zeros([block_m, BLOCK_D], dtype=torch.float32)
         ds = hl.zeros([block_m, block_n], dtype=torch.float32)
         for n in hl.grid(n_start, n_end, block_n):
@@ -763,7 +754,7 @@ def _hopper_dq_kernel(
                     sees = sees & (hl.arange(block_n)[None, :] >= (first_key - n)[:, None])
                 x = torch.where(sees, x, float("-inf"))
             acc = hl.dot(ds_tile, k_before, acc=acc)
-            ds = exp2(x) * (dp - delta_tile[:, None])
+            ds = exp2(x) * (dp + delta_tile[:, None])
         keys = n_end - block_n + hl.arange(block_n)
         ds = torch.where(keys[None, :] <= last_key[:, None], ds, 0.0)
         acc = hl.dot(ds.to(k.dtype), k[b, hk, keys, :], acc=acc)
@@ -1052,7 +1043,6 @@ def _bounds(mask, M, N):
 def _query_ranges(visible, N):
     """[B, 2, number of blocks of 128 queries], int32: the keys of a block begin and end there."""
     first, last = visible.unbind(1)
-    first, last = first.clamp(min=0), last.clamp(max=N - 1)
     sees = first <= last
     blocks = lambda x, fill: torch.nn.functional.pad(
         x.where(sees, fill), (0, -x.size(1) % 128), value=fill).unflatten(1, (-1, 128))  # fmt: skip
@@ -1176,8 +1166,6 @@ def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, needs_q, needs_
     dk, dv = (_out_like(k), _out_like(v)) if needs_kv else (k, v)
     group, padded_m, padded_n = H // Hk, (M + 127) // 128 * 128, (N + 127) // 128 * 128
     scale = D**-0.5 if scale is None else float(scale)
-    # 1 / divisor must be finite. Below 2^-60 scores round to 0: p stays the same.
-    divisor = scale if abs(scale) > 2.0**-60 else 2.0**-60
     low, diagonal = _bounds(mask, M, N)
     by_row = visible is not None
     windowed = by_row or low > -M
@@ -1191,7 +1179,7 @@ def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, needs_q, needs_
     # and so does a launch that writes only ds: Triton does not specialise its warps.
     tunings = configs.best_gradient(_gpu(q.device)[0], D, q.dtype)
     is_wide, for_tma, aligned = zip(*map(_facts, (q, k, v, do, out)))
-    is_wide = any(is_wide) or max(q.numel(), k.numel(), 16 * B * H * M) >= 2**31
+    is_wide = any(is_wide) or max(q.numel(), k.numel(), B * H * padded_m) >= 2**31
     keep_ds = tunings[1].kernel == "dq" or is_wide
     batches, heads, rows = B, Hk, padded_m
     if keep_ds:
@@ -1211,7 +1199,8 @@ def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, needs_q, needs_
         modes.append((of_dk, False, True, False))
 
     # Arguments that a kernel takes and does not write: a small ds; k and v as dk and dv.
-    aug, delta = q.new_empty((B, H, M, 16), dtype=torch.bfloat16), torch.empty_like(lse)
+    lse_log2, minus_delta = (  # TMA reads them: strides are multiples of 16 bytes
+        lse.new_empty_strided((B, H, M), (H * padded_m, padded_m, 1)) for _ in range(2))
     ds = q.new_empty((batches, heads * group, padded_n, rows) if write_ds else (1, 1, 128, 128))
     is_whole, is_summed = (batches, heads) == (B, Hk) and rows >= M, needs_kv and rows < M
     if is_summed:  # over chunks of queries, in float32
@@ -1220,20 +1209,22 @@ def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, needs_q, needs_
     of_delta, of_keys, of_queries = delta_kernel, dkdv_kernel, dq_kernel
     if is_wide:
         of_delta, of_keys, of_queries = (WIDE[x] for x in (of_delta, of_keys, of_queries))
-    tensors = out, do, lse, lse if dlse is None else dlse, aug, delta
+    tensors = out, do, lse, lse if dlse is None else dlse, lse_log2, minus_delta
     constants = configs.DELTA.block_m, dlse is not None
-    launch(of_delta, configs.DELTA, tensors, (1 / divisor, D), constants, layout)
+    launch(of_delta, configs.DELTA, tensors, (D,), constants, layout)
     for b, h, m in itertools.product(
         range(0, B, batches), range(0, Hk, heads), range(0, M, rows)
     ):
         numbers = D, low + m, diagonal if diagonal == N else diagonal + m
-        q_, do_, aug_, dq_, k_, v_, dk_, dv_ = q, do, aug, dq, k, v, dk, dv
+        q_, do_, lse_, delta_, dq_ = q, do, lse_log2, minus_delta, dq
+        k_, v_, dk_, dv_ = k, v, dk, dv
         visible_, of_queries_, of_keys_ = visible if by_row else lse, query_ranges, key_ranges
         if not is_whole:
             part = slice(b, b + batches), slice(h, h + heads)
             k_, v_, dk_, dv_ = (x[part] for x in (k, v, dk, dv))
             part = part[0], slice(h * group, (h + heads) * group), slice(m, m + rows)
-            q_, do_, aug_, dq_ = (x if x is None else x[part] for x in (q, do, aug, dq))
+            q_, do_, lse_, delta_, dq_ = (
+                x if x is None else x[part] for x in (q, do, lse_log2, minus_delta, dq))
             if by_row:
                 visible_ = visible[part[0], :, part[2]]
                 of_queries_ = query_ranges[part[0], :, m // 128 : (m + rows) // 128]
@@ -1241,11 +1232,11 @@ def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, needs_q, needs_
         if is_summed:
             dk_sum, dv_sum, dk_, dv_ = dk_, dv_, torch.empty_like(dk_), torch.empty_like(dv_)
         masked = windowed or diagonal < N
-        tensors = q_, do_, aug_, k_, v_, dk_, dv_, ds, visible_, of_keys_
+        tensors = q_, do_, lse_, delta_, k_, v_, dk_, dv_, ds, visible_, of_keys_
         for tuning, *mode in modes:
             constants = tuning.block_m, tuning.block_n, windowed, by_row, masked, *mode, tma
             launch(of_keys, tuning, tensors,
-                   (scale, divisor * LOG2E, *numbers), constants,
+                   (scale, scale * LOG2E, *numbers), constants,
                    (*layout[:4], is_summed))  # fmt: skip
         if is_summed:
             dk_sum += dk_
@@ -1257,9 +1248,9 @@ def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, needs_q, needs_
         elif needs_q:
             masked = windowed or diagonal < N and diagonal % of_dq.block_n > 0
             constants = of_dq.block_m, of_dq.block_n, windowed, by_row, masked
-            tensors = dq_, q_, do_, lse, delta, k_, v_, visible_, of_queries_
+            tensors = dq_, q_, do_, lse_, delta_, k_, v_, visible_, of_queries_
             launch(hopper_dq_kernel, of_dq, tensors,
-                   (scale, divisor * LOG2E, *numbers), constants, layout)  # fmt: skip
+                   (scale, scale * LOG2E, *numbers), constants, layout)  # fmt: skip
     if not needs_kv:
         return dq, None, None
     return dq, dk.to(k.dtype), dv.to(v.dtype)
@@ -1524,7 +1515,10 @@ def flash_attention(
         q, k, v = (x.to(dtype) if getattr(x, "dtype", None) in DTYPES else x for x in (q, k, v))
     _check(q, k, v, is_causal, window, visible, sinks, scale, enable_gqa, config)
     if visible is not None:
-        visible = torch.stack([x.expand(q.size(0), -1) for x in visible], 1)
+        first, last = (x.expand(q.size(0), -1).clamp(-1, k.size(2)) for x in visible)
+        visible = torch.stack((first.clamp(min=0), last.clamp(max=k.size(2) - 1)), 1)
+        # Rows of a multiple of 16 bytes for TMA: the rows that are added see no key.
+        visible = torch.nn.functional.pad(visible, (0, -q.size(2) % 4), value=-1)
     mask = int(is_causal), *_limits(window)
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if config is not None:
