@@ -233,6 +233,12 @@ FORWARD += [(PLANS, BF16, D, mask, "bhsd", *ROWS_CASES) for mask in INTERVALS]
 FORWARD += [(PLANS, ("float16",), D, "random", "bhsd", ROWS_CASES[0]),
             (OURS, FLOAT, D, "random", "bhsd", ROWS_CASES[0]),
             (H64, BF16, 64, "packed_causal", "bhsd", ROWS_CASES[0])]  # fmt: skip
+# Few queries: rows of one tile, and programs that share the keys.
+FEW = (1, 8, 2, 1, 700), (1, 4, 1, 3, 1300), (2, 4, 4, 9, 300), (1, 16, 1, 4, 513)
+FORWARD += [(("default",), BF16, D, mask, "bhsd", *FEW) for mask in (
+    "dense", "upper_left", "lower_right", "window_lower", "padded_causal")]
+FORWARD += [(("default",), dtypes, dim, "lower_right", layout, FEW[1]) for dtypes, dim, layout in (
+    (ALL, D, "bshd"), (BF16, 24, "poisoned"), (HALF, 256, "odd"), (FLOAT, 16, "columns"))]
 BOTH = ("hopper", "default")  # Hopper's kernels of the gradient, and the others
 GRADIENT = [  # and what of ds is kept at a time: all, two heads of keys, 128 queries of one head
     (BOTH, ALL, D, "dense", "bshd", "all", (1, 2, 2, 128, 256), (1, 2, 2, 1, 200)),
@@ -249,6 +255,7 @@ GRADIENT = [  # and what of ds is kept at a time: all, two heads of keys, 128 qu
     (BOTH, BF16, 128, "dense", "packed", "heads", (2, 2, 1, 200, 209)),
     (BOTH, BF16, 256, "dense", "bshd", "heads", (2, 1, 1, 200, 209)),
     (BOTH, BF16, 256, "upper_left", "bshd", "queries", (1, 2, 1, 200, 209)),
+    (("default",), BF16, D, "lower_right", "bhsd", "all", FEW[1]),
 ]  # fmt: skip
 GRADIENT += [(BOTH, BF16, dim, mask, "bhsd", kept, (1, 2, 1, 300, 340))
              for mask, dim, kept in (("window", D, "queries"), ("left", D, "all"),
@@ -988,6 +995,24 @@ def sinks(config):
         size = ref.abs().max().item()
         torch.testing.assert_close(found.double(), ref, atol=0.02 * size, rtol=0)
     return "as defined"
+
+
+def few_queries():
+    """Parts of the keys that a row does not see, or where each score is -inf. Without the kernel
+    that merges them, no part is lost: each key is in one part."""
+    q, k, v = make((1, 4, 2, D), "float32", 700, 2)
+    q[..., 0], k[:, :, :300, 0] = 1, -INF
+    compare(*flash_attention(q, k, v, enable_gqa=True, return_lse=True)[:1], q, k, v)
+    k[:, 1, :, 0] = -INF
+    out, lse = flash_attention(q, k, v, enable_gqa=True, return_lse=True)
+    assert out[:, 2:].isnan().all() and (lse[:, 2:] == -INF).all(), "all scores are -inf"
+    k[:, :, :, 0], v[0, 0, 600, 3] = 0, INF
+    compare(flash_attention(q, k, v, enable_gqa=True), q, k, v)
+    q, k, v = (torch.zeros(1, 1, n, D, device=DEVICE, dtype=torch.bfloat16) for n in (1, 700, 700))
+    for key in (0, 127, 128, 255, 256, 511, 512, 699):
+        v.zero_()[:, :, key] = 700
+        torch.testing.assert_close(flash_attention(q, k, v), torch.ones_like(q))
+    return "each key counts once"
 
 
 def asked_for(config, dim):
@@ -1972,6 +1997,7 @@ def cases(draws):
         yield ("windows", name), windows, (name,)
         yield ("windows", name), sinks, (name,)
     yield "windows", intervals, ()
+    yield "windows", few_queries, ()
     for function in (bad_input, clear_errors, unknown_triton, recipe_values, recipe_compiles):
         yield "transformers", function, ()
     for function, table, n in ((gradient, GRADIENT, 4), (forward, FORWARD, 3)):

@@ -115,6 +115,13 @@ HOPPER_GRADIENT_256 = _gradient((64, 128, 8, 1), (128, 64, 8, 4), (64, 128, 8, 4
 # needs these tiles and chooses everything else.
 BLACKWELL_CUTE = Tuning("blackwell", 128, 128, helion.Config(block_sizes=[1, 128, 128]))
 
+# forward_kernel for few queries, by rows a tile and padded head dim, and merge_kernel. A program
+# reads keys as fast as memory allows: two or three stages of 16 KB of K and of V, two CTAs an SM.
+DECODE = {(m, d): _tuning("forward", m, n, 4, 3) for m in (16, 32, 64)
+          for d, n in ((16, 128), (32, 128), (64, 128), (128, 64), (256, 32))}  # fmt: skip
+DECODE_WAVES = 2  # programs for each SM
+MERGE = _tuning("merge", 1, 16, 4, 1)
+
 # Other GPUs, by padded head dim. Chosen by machine code, not measured: tiles that fit in 100 KiB of
 # shared memory (sm_86, sm_89, sm_120) and spill no data (`check.py -k best_config`).
 GENERAL = {d: _general(128, 64, 4, 3) for d in (16, 32)} | {
@@ -171,6 +178,13 @@ def best(capability, head_dim, dtype, heads, M, N):
             return HOPPER_64
         return HOPPER_256 if head_dim > 128 else HOPPER
     return GENERAL[padded(head_dim)]
+
+
+def best_decode(head_dim, dtype, rows):
+    """The Tuning of the forward for a tile of so many rows, at most 64."""
+    if dtype == torch.float32:
+        return FLOAT32[padded(head_dim)]
+    return DECODE[min(m for m in (16, 32, 64) if m >= rows), padded(head_dim)]
 
 
 def best_gradient(capability, head_dim, dtype, specialised=True):

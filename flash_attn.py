@@ -239,9 +239,9 @@ def keys_end(m_end, N, diagonal, block_n=1):
     return int32(expression, N, m_end, diagonal, block_n)
 
 
-def keys_start(m, low, block_n):
-    """The first key that the rows from m on see, rounded down to block_n."""
-    return int32("tl.maximum(0, {0} + {1}) // {2} * {2}", m, low, block_n)
+def keys_start(m, low, block_n, least=0):
+    """The first key, at least `least`, that the rows from m on see, rounded down to block_n."""
+    return int32("tl.maximum({0}, {1} + {2}) // {3} * {3}", least, m, low, block_n)
 
 
 # ---- The forward ---------------------------------------------------------------------------------
@@ -267,16 +267,21 @@ def _forward_kernel(
     head_dim: int,
     low: int,
     diagonal: int,
+    num_queries: int,  # if split
+    keys_per_part: int,  # if split: a multiple of block_n
     block_m: hl.constexpr,
     block_n: hl.constexpr,
     windowed: hl.constexpr,
     by_row: hl.constexpr,
     rows_per_program: hl.constexpr,  # block_m; FIXUP_ROWS for the fix-up
+    split: hl.constexpr,
 ) -> torch.Tensor:
     """Flash attention as in the paper, on any GPU, for any strides.
 
     Fix-up (rows_per_program > block_m): a program reads the lse of its 512 rows, and computes them
     again only if hopper_forward_kernel left NaN in one of them.
+    split: `_decode` calls it. Row i is query i % num_queries of one of H / Hk heads. out and lse
+    have a batch of B for each part of the keys.
     """
     B, H, M, BLOCK_D = q.size()
     Hk, N = k.size(1), k.size(2)
@@ -286,28 +291,35 @@ def _forward_kernel(
     ln2 = 0.6931471805599453  # local: Helion makes a run-time argument of a module's constant
     lowest = -3e38  # below every score, and finite: -inf - -inf would be NaN
     hl.pdl_wait()  # for the kernel before, where launches overlap (PDL: sm_90 and later)
-    for tile_bh, tile_rows in hl.tile([B * H, M], block_size=[1, rows_per_program]):
-        b, h = tile_bh.begin // H, tile_bh.begin % H
+    for tile_bh, tile_rows in hl.tile([out.size(0) * H, M], block_size=[1, rows_per_program]):
+        out_b, h = tile_bh.begin // H, tile_bh.begin % H
+        b = out_b % B if split else out_b
         hk = h // (H // Hk)
+        begin = out_b // B * keys_per_part if split else 0
+        end = int32("tl.minimum({0} + {1}, {2})", begin, keys_per_part, N) if split else N
         d = hl.arange(BLOCK_D)[None, :]
         d_valid = valid_columns(d, head_dim)
         if rows_per_program > block_m:
-            lse_tile = lse[b, h, tile_rows]
+            lse_tile = lse[out_b, h, tile_rows]
             is_missing = torch.amax(torch.where(lse_tile == lse_tile, 0, 1))
             rows_end = tile_rows.begin + is_missing * (tile_rows.end - tile_rows.begin)
         else:
             rows_end = tile_rows.end
 
         for tile_m in hl.tile(tile_rows.begin, rows_end, block_size=block_m):
-            last_key = torch.clamp(tile_m.index + diagonal, max=N - 1)  # the last one a row sees
-            first_key = torch.clamp(tile_m.index + low, min=0) if windowed else 0
-            n_start = keys_start(tile_m.begin, low, block_n) if windowed else 0
-            n_end = keys_end(tile_m.begin + block_m, N, diagonal)
+            rows = tile_m.index % num_queries if split else tile_m.index
+            m_start = 0 if split else tile_m.begin
+            m_end = num_queries if split else tile_m.begin + block_m
+            last_key = torch.clamp(rows + diagonal, max=end - 1)  # the last one a row sees
+            first_key = torch.clamp(rows + low, min=begin) if windowed else begin
+            n_start = keys_start(m_start, low, block_n, begin) if windowed else begin
+            n_end = keys_end(m_end, end, diagonal)
             if by_row:
-                first_key = visible[b, 0, tile_m].to(tile_m.index.dtype)
-                last_key = visible[b, 1, tile_m].to(tile_m.index.dtype)
-                n_start = ranges[b, 0, tile_m.begin // 128] // block_n * block_n
-                n_end = ranges[b, 1, tile_m.begin // 128]
+                first_key = torch.clamp(hl.load(visible, [b, 0, rows]), min=begin).to(rows.dtype)
+                last_key = torch.clamp(hl.load(visible, [b, 1, rows]), max=end - 1).to(rows.dtype)
+                n_start = int32("tl.maximum({0}, {1} // {2} * {2})", begin,
+                                ranges[b, 0, m_start // 128], block_n)  # fmt: skip
+                n_end = int32("tl.minimum({0}, {1})", end, ranges[b, 1, m_start // 128])
             m_i = hl.full([tile_m], lowest, dtype=torch.float32)
             l_i = hl.zeros([tile_m], dtype=torch.float32)
             acc = hl.zeros([tile_m, BLOCK_D], dtype=torch.float32)
@@ -331,9 +343,53 @@ def _forward_kernel(
                 v_tile = hl.load(v, [b, hk, keys[:, None], d], extra_mask=kv_valid)
                 acc = hl.dot(p.to(v.dtype), v_tile, acc=acc * alpha[:, None])
             l_inverse = torch.where(last_key < first_key, 0.0, 1 / l_i)  # 0 if a row sees no key
-            lse[b, h, tile_m] = (m_i + log2(l_i)) * ln2
+            lse[out_b, h, tile_m] = (m_i + log2(l_i)) * ln2
             out_tile = (acc * l_inverse[:, None]).to(out.dtype)
-            hl.store(out, [b, h, tile_m.index[:, None], d], out_tile, extra_mask=d_valid)
+            hl.store(out, [out_b, h, tile_m.index[:, None], d], out_tile, extra_mask=d_valid)
+    return out
+
+
+def _merge_kernel(
+    parts: torch.Tensor,  # [B * H * M, parts, head_dim], float32
+    lse_parts: torch.Tensor,  # [B * H * M, parts, 1]
+    out: torch.Tensor, lse: torch.Tensor,  # [B, H, M, head_dim] and [B, H, M]
+    head_dim: int, block_p: hl.constexpr,
+) -> torch.Tensor:  # fmt: skip
+    """out and lse from those of parts of the keys, always in one order: the same bits."""
+    B, H, M, BLOCK_D = out.size()
+    BLOCK_D = hl.specialize(BLOCK_D)
+    log2e, lowest = 1.4426950408889634, -3e38
+    hl.pdl_wait()
+    for tile_bh, tile_m in hl.tile([B * H, M], block_size=[1, 1]):
+        b, h, m = tile_bh.begin // H, tile_bh.begin % H, tile_m.begin
+        row, d = tile_bh.begin * M + m, hl.arange(BLOCK_D)
+        d_valid = valid_columns(d, head_dim)
+        m_i = hl.full([1], lowest, dtype=torch.float32)
+        l_i = hl.zeros([1], dtype=torch.float32)
+        acc = hl.zeros([1, BLOCK_D], dtype=torch.float32)
+        unweighted = hl.zeros([1, BLOCK_D], dtype=torch.float32)
+        for p in hl.grid(0, parts.size(1), block_p):
+            part = p + hl.arange(block_p)
+            valid = part < parts.size(1)
+            lse_part = hl.load(lse_parts, [row, part, 0], extra_mask=valid)
+            lse_part = torch.where(valid, lse_part, float("-inf"))
+            m_ij = torch.maximum(m_i, torch.amax(lse_part, -1))
+            weight, alpha = exp2((lse_part - m_ij) * log2e), exp2((m_i - m_ij) * log2e)
+            x = hl.load(parts, [row, part[:, None], d[None, :]],
+                        extra_mask=valid[:, None] & d_valid[None, :])  # fmt: skip
+            weighted = torch.where(weight[:, None] > 0, x * weight[:, None], 0.0)  # x may be NaN
+            acc = acc * alpha[:, None] + torch.sum(weighted, 0)[None, :]
+            unweighted = unweighted + torch.sum(x, 0)[None, :]
+            l_i = l_i * alpha + torch.sum(weight, -1)
+            m_i = m_ij
+        # No weight: each part is 0, where the row sees no key, or NaN, where each score is -inf.
+        sees_none = l_i == 0
+        acc = torch.where(sees_none[:, None], unweighted, acc * (1 / l_i)[:, None])
+        lse_row = torch.where(sees_none, float("-inf"), m_i + log2(l_i) / log2e)
+        rows = m + hl.arange(1)
+        hl.store(lse, [b, h, rows], lse_row)
+        hl.store(out, [b, h, rows[:, None], d[None, :]], acc.to(out.dtype),
+                 extra_mask=d_valid[None, :])  # fmt: skip
     return out
 
 
@@ -862,8 +918,9 @@ _compiling = threading.RLock()
 # tensor cores. It does not touch bf16 and fp16.
 _kernel = functools.partial(helion.kernel, static_shapes=False, dot_precision="tf32x3")
 forward_kernel, hopper_forward_kernel = _kernel(_forward_kernel), _kernel(_hopper_forward_kernel)
-delta_kernel, dkdv_kernel = _kernel(_delta_kernel), _kernel(_dkdv_kernel)
-dq_kernel, hopper_dq_kernel = _kernel(_dq_kernel), _kernel(_hopper_dq_kernel)
+merge_kernel, delta_kernel = _kernel(_merge_kernel), _kernel(_delta_kernel)
+dkdv_kernel, dq_kernel = _kernel(_dkdv_kernel), _kernel(_dq_kernel)
+hopper_dq_kernel = _kernel(_hopper_dq_kernel)
 # The same with 64-bit offsets, for tensors that reach over 2^31 elements.
 WIDE = {x: _kernel(x.fn, index_dtype=torch.int64)
         for x in (forward_kernel, delta_kernel, dkdv_kernel, dq_kernel)}  # fmt: skip
@@ -1060,6 +1117,34 @@ def _key_ranges(query_ranges, N):
     return torch.stack((query.where(meets, 2**30).amin(-1).minimum(end), end), 1)
 
 
+def _decode(q, k, v, out, lse, visible, mask, scale, tuning):
+    """out and lse for few queries: the heads that share keys are rows of one tile, which reads each
+    key once, and programs share the keys where there are fewer tiles than SMs."""
+    (B, H, M, D), (Hk, N) = q.shape, k.shape[1:3]
+    rows, num_tiles = H // Hk * M, B * Hk * _cdiv(H // Hk * M, tuning.block_m)
+    num_parts = max(1, min(configs.DECODE_WAVES * _gpu(q.device)[1] // num_tiles, _cdiv(N, 128)))
+    keys_per_part = _cdiv(N, 128 * num_parts) * 128
+    num_parts = _cdiv(N, keys_per_part)
+    q = q.reshape(B, Hk, rows, D)
+    parts = q.new_empty((num_parts * B, Hk, rows, D), dtype=torch.float32)
+    lse_parts = lse.new_empty((num_parts * B, Hk, rows))
+    low, diagonal = _bounds(mask, M, N)
+    by_row = visible is not None
+    windowed = by_row or low > -M
+    is_wide, _, aligned = zip(_facts(q), _facts(k), _facts(v))
+    layout = q.dtype, configs.padded(D), q.device, D % 16 == 0 and all(aligned), False
+    intervals = (visible, _query_ranges(visible, N)) if by_row else (lse, lse)  # not read
+    numbers = scale * LOG2E, D, low, diagonal, M, keys_per_part
+    constants = tuning.block_m, tuning.block_n, windowed, by_row, tuning.block_m, True
+    kernel = WIDE[forward_kernel] if any(is_wide) else forward_kernel
+    launch(kernel, tuning, (q, k, v, parts, lse_parts, *intervals), numbers, constants, layout)
+    parts, lse_parts = (
+        x.view(num_parts, B * H * M, -1).transpose(0, 1) for x in (parts, lse_parts))
+    launch(merge_kernel, configs.MERGE, (parts, lse_parts, out, lse), (D,),
+           (configs.MERGE.block_n,), layout)  # fmt: skip
+    return out, lse
+
+
 def _forward(q, k, v, visible, mask, scale, config, exact_lse):
     """out and lse. visible: [B, 2, M], int32, or None. mask: as `_bounds` takes it."""
     if q.is_cuda and q.device.index != torch.cuda.current_device():  # where Triton launches
@@ -1083,11 +1168,16 @@ def _forward(q, k, v, visible, mask, scale, config, exact_lse):
         if found is not None:
             return found
         config = None
+    rows = H // k.size(1) * M
+    if config is None and rows <= 64 and N > 256 and q.numel() < 2**31:
+        tuning = configs.best_decode(D, q.dtype, rows)
+        return _decode(q, k, v, out, lse, visible, mask, scale, tuning)
     low, diagonal = _bounds(mask, M, N)
     by_row = visible is not None
     windowed = by_row or low > -M
     is_dense = diagonal == N and not windowed
     numbers, block_d = (scale * LOG2E, D, low, diagonal), configs.padded(D)
+    plain_numbers = *numbers, M, N
     capability, num_programs = _gpu(q.device)  # one program per SM
     tuning = config or configs.best(capability, D, q.dtype, B * H, M, N)
     plain_kernel, plain_tuning = forward_kernel, configs.hopper_general(D)
@@ -1114,8 +1204,8 @@ def _forward(q, k, v, visible, mask, scale, config, exact_lse):
     intervals = (visible, _query_ranges(visible, N)) if by_row else (lse, lse)  # not read
     tensors = q, k, v, out, lse, *intervals
     if tuning.kernel != "hopper_forward":
-        constants = block_m, block_n, windowed, by_row, block_m
-        launch(plain_kernel, tuning, tensors, numbers, constants, layout)
+        constants = block_m, block_n, windowed, by_row, block_m, False
+        launch(plain_kernel, tuning, tensors, plain_numbers, constants, layout)
         return out, lse
     running_max = q.dtype == torch.float16
     # The mask waits until after the loop if only the last tile has hidden keys: dense, or square
@@ -1130,8 +1220,9 @@ def _forward(q, k, v, visible, mask, scale, config, exact_lse):
     hopper_numbers = *numbers, num_programs, paired
     launch(hopper_forward_kernel, tuning, tensors, hopper_numbers, constants, layout)
     if not running_max:
-        constants = plain_tuning.block_m, plain_tuning.block_n, windowed, by_row, FIXUP_ROWS
-        launch(plain_kernel, plain_tuning, tensors, numbers, constants, layout)
+        constants = (plain_tuning.block_m, plain_tuning.block_n, windowed, by_row, FIXUP_ROWS,
+                     False)  # fmt: skip
+        launch(plain_kernel, plain_tuning, tensors, plain_numbers, constants, layout)
     return out, lse
 
 
