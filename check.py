@@ -90,10 +90,11 @@ def asked(mask):
     return dict(zip(("is_causal", "window"), mask if isinstance(mask, tuple) else (mask, None)))
 
 
-def definition(q, k, v, is_causal=False, scale=None):
+def definition(q, k, v, is_causal=False, scale=None, softcap=None):
     """Attention by its formula, and lse. A row that sees no key: out 0, lse -inf, no gradient."""
     k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))
     scores = q @ k.mT * (q.size(3) ** -0.5 if scale is None else scale)
+    scores = softcap * (scores / softcap).tanh() if softcap else scores
     mask = sees(q.size(2), k.size(2), is_causal)
     some = mask.any(-1)
     scores = scores.masked_fill(~mask, -math.inf).where(some[..., None], 0.0)
@@ -113,8 +114,12 @@ def tolerance(ref, other, factor, unit=1.0, least=0.0):
     return factor * max((other - ref).abs().max().item(), least) + 2 * rounding
 
 
-def sdpa(q, k, v, is_causal=False, scale=None):
-    """PyTorch's attention."""
+def sdpa(q, k, v, is_causal=False, scale=None, softcap=None):
+    """PyTorch's attention. It has no softcap: then p by the formula in float32, rounded once."""
+    if softcap:
+        ones = torch.eye(k.size(2), device=DEVICE).expand(*k.shape[:3], -1)
+        p, _ = definition(q.float(), k.float(), ones, is_causal, scale, softcap)
+        return p.to(v.dtype) @ v.repeat_interleave(q.size(1) // v.size(1), 1)
     mask = None if is_causal is False else sees(q.size(2), k.size(2), is_causal)
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
 
@@ -267,6 +272,17 @@ GRADIENT += [(BOTH, BF16, dim, mask, "bhsd", kept, shape) for mask, dim, kept, s
     ("random", D, "queries", ROWS_CASES[0]), ("growing", D, "queries", ROWS_CASES[0]),
     ("padded_causal", D, "heads", ROWS_CASES[0]), ("packed_causal", 128, "queries", ROWS_CASES[1]),
     ("random", 256, "all", (1, 2, 1, 200, 209)))]  # fmt: skip
+SOFTCAP = [  # after what is kept the cap; most scores are below 10
+    (BOTH, HALF, D, "dense", "all", 50.0, (1, 2, 1, 150, 300)),
+    (BOTH, HALF, D, "upper_left", "queries", 5.0, (1, 4, 2, 150, 300)),
+    (BOTH, BF16, D, "lower_right", "heads", 0.01, (2, 4, 2, 300, 140)),
+    (BOTH, BF16, D, "window", "queries", 30.0, (1, 2, 1, 300, 340)),
+    (BOTH, HALF, D, "random", "queries", 30.0, ROWS_CASES[0]),
+    (BOTH, BF16, 128, "lower_right", "heads", 5.0, (2, 2, 1, 140, 209)),
+    (BOTH, BF16, 256, "dense", "all", 5.0, (1, 2, 1, 140, 209)),
+    (BOTH, BF16, 256, "upper_left", "queries", 50.0, (1, 2, 1, 200, 140)),
+    (("default",), FLOAT, D, "upper_left", "queries", 5.0, (1, 2, 1, 150, 200)),
+]  # fmt: skip
 DENSE, FP16 = ("bfloat16",), ("float16",)
 RAGGED, CAUSAL = ("bfloat16", LOWER_RIGHT, 1, 4096, 4097), ("float16", True)
 BY_ROW = -2  # of machine_code: `visible` in place of a window
@@ -291,6 +307,11 @@ CODE = [  # name, bytes that may spill, threads of first and last kernels, machi
     # The same with a window, and with `visible`: dkdv_kernel spills up to 256 bytes then.
     *(("hopper_code", 256, 384, (), *(("gradient", 90, dim, *DENSE, False, 1, 4096, None, window)
                                       for window in (1000, BY_ROW))) for dim in (64, 128, 256)),
+    # The same with a softcap; with `visible`, too, dkdv_kernel for D = 256 spills 344 bytes.
+    *(("hopper_code", 352 if dim == 256 else 256, 384, last, *(
+        ("gradient", 90, dim, *DENSE, False, 1, 4096, None, window, 50.0)
+        for window in (-1, 1000, BY_ROW)))
+      for dim, last in ((64, (384, 384)), (128, (384, 256)), (256, ()))),
     # Helion's cute backend recognises the loop: causal, GQA, lengths that 256 does not divide.
     *(("blackwell_compiles", 16, None, (), *(("blackwell", 100, dim, *case) for case in (
         DENSE, (*DENSE, True, 4), (*DENSE, False, 1, 384), CAUSAL))) for dim in (64, 128)),
@@ -299,7 +320,7 @@ SECONDS = {  # of the slow cases without a GPU, on an idle core, with Triton's c
     "code best": 20, "code report": 10, "code .* [4-6]": 12, "code hopper": 25, "refused": 7,
     "copied_files": 10, "recipe_values": 15, "training": 7, "blackwell_loop": 9, "large_tensor": 10,
     "new_lengths": 13, "another_call": 9, "special_values hopper": 13, "asked_for": 7,
-    "hard_rows .* edges": 9, r"gradient \S+ \S+ (72|256)": 6, "hard_gradients": 5,
+    "hard_rows .* edges": 9, "softcap": 8, r"gradient \S+ \S+ (72|256)": 6, "hard_gradients": 5,
 }  # fmt: skip
 # The report's tables (NVIDIA B200): shape, Helion ms, PyTorch ms, speedup, TFLOPS, as printed.
 PUBLISHED = {
@@ -389,14 +410,15 @@ class Skipped(Exception):
 
 
 def compare(out, q, k, v, scale=None, unit=1.0, least=0.0, is_causal=False, lse=None, atol=2e-5,
-            ref=None):  # fmt: skip
+            ref=None, softcap=None):  # fmt: skip
     """Hold out to the tolerance. Rows with NaN or inf are those that have it by definition.
     lse: held to atol: its error is a relative error of every p. ref: the definition, if known."""
     what = f"at q {tuple(q.shape)}, k {tuple(k.shape)}, is_causal {is_causal}, scale {scale}"
+    what += f", softcap {softcap}"
     assert out.shape == q.shape and out.dtype == q.dtype, (out.shape, out.dtype, what)
-    other = sdpa(q, k, v, is_causal, scale)
+    other = sdpa(q, k, v, is_causal, scale, softcap)
     if ref is None or lse is not None:
-        ref, lse_ref = definition(q.double(), k.double(), v.double(), is_causal, scale)
+        ref, lse_ref = definition(q.double(), k.double(), v.double(), is_causal, scale, softcap)
     if lse is not None:
         assert lse.shape == q.shape[:3] and lse.dtype == torch.float32, (lse.shape, lse.dtype, what)
         message = lambda text: f"lse: {text} {what}"
@@ -464,7 +486,17 @@ def gradient_of(config):
         yield
 
 
-def compare_gradients(qkv, options, with_lse=False, scale=None, least=(0.0, 0.0, 0.0)):
+def kept_at_most(kept, qkv):
+    """Inside, so much of ds is kept at a time."""
+    (_, H, M, _), (_, Hk, N, _) = (x.shape for x in qkv[:2])
+    of_head = H // Hk * -(-M // 128) * -(-N // 128) * 2**14 * qkv[0].element_size()  # of keys
+    budget = {"all": flash_attn.DS_BYTES, "heads": 2 * of_head, "queries": 1}[kept]
+    small = dict(DS_BYTES=budget, DS_KEYS=flash_attn.DS_KEYS if kept == "all" else 1)
+    return mock.patch.multiple(flash_attn, **small)
+
+
+def compare_gradients(qkv, options, with_lse=False, scale=None, least=(0.0, 0.0, 0.0),
+                      softcap=None):  # fmt: skip
     """Hold dq, dk and dv of random gradients of out and lse to the tolerance. least: of each."""
     is_causal, dtype = options.get("is_causal", False), qkv[0].dtype
     given = {**asked(is_causal), "config": options.get("config")}
@@ -480,21 +512,23 @@ def compare_gradients(qkv, options, with_lse=False, scale=None, least=(0.0, 0.0,
         return torch.autograd.grad(loss, leaves)
 
     def ours(*qkv):
-        attend = functools.partial(flash_attention, enable_gqa=True, scale=scale, **given)
+        attend = functools.partial(flash_attention, enable_gqa=True, **scales, **given)
         return attend(*qkv, return_lse=True) if with_lse else (attend(*qkv), torch.zeros(()))
 
-    high = functools.partial(definition, is_causal=is_causal, scale=scale)
-    pytorch = lambda *qkv: (sdpa(*qkv, is_causal, scale), high(*(x.float() for x in qkv))[1])
+    scales = dict(scale=scale, softcap=softcap)
+    high = functools.partial(definition, is_causal=is_causal, **scales)
+    pytorch = lambda *qkv: (sdpa(*qkv, is_causal, **scales), high(*(x.float() for x in qkv))[1])
     found, ref, lines = gradients(ours, dtype), gradients(high, torch.float64), []
     lse = high(*(x.double() for x in qkv))[1]
     lse = lse.where(lse > -INF, 0.0).abs().max().item()
-    of_p = 2.0**-21 * (2 + lse)  # the relative error of exp(score - lse) in float32
+    cap = softcap or 0
+    of_p = 2.0**-21 * (2 + lse + cap)  # the relative error of exp(score - lse) in float32
     for name, x, y, other, low in zip("qkv", found, ref, gradients(pytorch, dtype), least):
         unit = y.abs().max().item()
         bound = tolerance(y, other.nan_to_num(), 3, unit, low) + of_p * unit
         error = (x - y).abs().max().item()
         lines.append(f"d{name} {error:.1e} <= {bound:.1e}")
-        where = f"at {[tuple(x.shape) for x in qkv]}, {options}, scale {scale}, lse {with_lse}"
+        where = f"at {[tuple(x.shape) for x in qkv]}, {options}, {scales}, lse {with_lse}"
         assert error <= bound, f"not {lines[-1]} {where}"
     return ", ".join(lines)
 
@@ -504,11 +538,8 @@ def gradient(config, dtype, D, mask, layout, kept, B, H, Hk, M, N):
     qkv = LAYOUTS[layout](*make((B, H, M, D), dtype, N, Hk))
     plan = NAMED["hopper_256" if config == "hopper" and D > 128 else config]
     plan = None if dtype == "float32" else plan
-    of_head = H // Hk * -(-M // 128) * -(-N // 128) * 2**14 * qkv[0].element_size()  # of keys
-    budget = {"all": flash_attn.DS_BYTES, "heads": 2 * of_head, "queries": 1}[kept]
     options = dict(is_causal=mask_of(mask, B, M, N), config=plan)
-    small = dict(DS_BYTES=budget, DS_KEYS=flash_attn.DS_KEYS if kept == "all" else 1)
-    with gradient_of(config), mock.patch.multiple(flash_attn, **small):
+    with gradient_of(config), kept_at_most(kept, qkv):
         compare_gradients(qkv, options, scale=-0.3)
         return compare_gradients(qkv, options, with_lse=True)
 
@@ -826,6 +857,11 @@ def bad_input():
             (TypeError, "is_causal", qkv, dict(is_causal="yes")),
             (TypeError, "window", qkv, dict(window=5)),
             (TypeError, "window", qkv, dict(window=(1, 0.5))),
+            (TypeError, "softcap", qkv, dict(softcap="50")),
+            (ValueError, "softcap", qkv, dict(softcap=-50.0)),
+            (ValueError, "softcap", qkv, dict(softcap=math.nan)),
+            (ValueError, "scale", qkv, dict(softcap=1e-3, scale=1e36)),
+            (ValueError, "config", qkv, dict(report, softcap=50.0)),
             (ValueError, "sinks", qkv, dict(sinks=q[0, 0, 0])),
             (ValueError, "sinks", qkv, dict(sinks=1.0)),
             (ValueError, "config", qkv, dict(report, window=(5, 5))),
@@ -905,13 +941,35 @@ def windows(config):
             launched.append(tensors[4].isnan().sum().item())
 
     with mock.patch.object(flash_attn, "launch", launch):
-        compare(attend(q, k, v, window=(60, 30)), q, k, v, is_causal=(False, (60, 30)))
-    assert launched == [0], f"{launched} rows asked for the fix-up"
+        for cap in (0, 20.0):
+            found = attend(q, k, v, window=(60, 30), softcap=cap)
+            compare(found, q, k, v, is_causal=(False, (60, 30)), softcap=cap)
+    assert launched == [0, 0], f"{launched} rows asked for the fix-up"
     with refuse_to_compile():
         for window in ((0, 0), (64, None), (1, 2), (598, 0), (128, 127)):
             compare(attend(q, k, v, window=window), q, k, v, is_causal=(False, window))
     assert torch.equal(attend(q, k, v, window=(600, None)), attend(q, k, v)), "a window of all keys"
     return compare(expected, q, k, v, is_causal=(False, (60, 30)), lse=lse)
+
+
+def softcap(config, dtype, dim, mask, kept, cap, B, H, Hk, M, N):
+    """out, lse and the gradients, of scores that the cap changes; another cap compiles nothing. Of
+    the last row exp(-lse) is more than a float16."""
+    q, k, v = make((B, H, M, dim), dtype, N, Hk)
+    q *= 4
+    k[..., 0], q[:, :, -1, 0] = 6, -5 * dim**0.5
+    plan = NAMED["hopper_256" if config == "hopper" and dim > 128 else config]
+    options = dict(is_causal=mask_of(mask, B, M, N), config=plan)
+    attend = functools.partial(
+        flash_attention, q, k, v, **asked(options["is_causal"]), enable_gqa=True, config=plan)
+    out, lse = attend(softcap=cap, return_lse=True)
+    line = compare(out, q, k, v, is_causal=options["is_causal"], lse=lse, softcap=cap,
+                   atol=2e-5 + 4e-7 * cap)  # fmt: skip
+    with kept_at_most(kept, (q, k, v)), gradient_of(config):
+        line += ", " + compare_gradients((q, k, v), options, with_lse=True, softcap=cap)
+        with refuse_to_compile():
+            compare_gradients((q, k, v), options, with_lse=True, scale=-0.2, softcap=2 * cap)
+    return line
 
 
 def intervals():
@@ -1058,17 +1116,18 @@ BACKEND = "inductor" if GPU else "aot_eager"
 def in_torch(name):
     """torch's own checks, torch.compile, torch.export, autocast, and where a clear error is due."""
     mask, sink = (True, (90, None)), torch.full((4,), -1e4, device=DEVICE)  # no change
-    options = dict(asked(mask), sinks=sink, enable_gqa=True, return_lse=True)
-    attend = functools.partial(flash_attention, **options)
+    given = dict(asked(mask), sinks=sink, enable_gqa=True, return_lse=True)
+    # Written out, a float is a constant: dynamo compiles twice for one that it finds in an object.
+    attend = lambda q, k, v: flash_attention(q, k, v, softcap=2.0, **given)
     q, k, v = make((2, 4, 140, D), "float16", heads=2)
     loss = lambda out, lse: out.square().sum() + lse.sum()
     if name == "opcheck":
         operators, check = torch.ops.flash_attn, torch.library.opcheck
         for qkv in ((q, k, v), map(bshd, (q, k, v))):
-            check(operators.forward.default, (*qkv, None, 1, 90, -1, None, True))
+            check(operators.forward.default, (*qkv, None, 1, 90, -1, None, 2.0, True))
         for budget in (flash_attn.DS_BYTES, 1):
             with mock.patch.multiple(flash_attn, DS_BYTES=budget, DS_KEYS=1):
-                arguments = q, k, v, *attend(q, k, v), None, q, None, 1, 90, -1, None
+                arguments = q, k, v, *attend(q, k, v), None, q, None, 1, 90, -1, None, 2.0
                 check(operators.backward.default, arguments, test_utils="test_faketensor")
     elif name == "compile":  # one graph for all lengths, and its gradient
         counter = torch._dynamo.testing.CompileCounterWithBackend(BACKEND)
@@ -1077,7 +1136,7 @@ def in_torch(name):
         for n in (140, 150, 300):
             qkv = [x.requires_grad_() for x in make((2, 4, n, D), "float16", heads=2)]
             out, lse = run(*qkv)
-            compare(out, *qkv, is_causal=mask, lse=lse)
+            compare(out, *qkv, is_causal=mask, lse=lse, softcap=2.0)
             expected = torch.autograd.grad(loss(*attend(*qkv)), qkv)
             found = torch.autograd.grad(loss(out, lse), qkv)
             torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
@@ -1088,7 +1147,7 @@ def in_torch(name):
         length = torch.export.Dim("length", min=2, max=4096)
         program = torch.export.export(module, (q, k, v), dynamic_shapes=[{2: length}] * 3)
         q, k, v = make((2, 4, 200, D), "float16", heads=2)
-        compare(program.module()(q, k, v)[0], q, k, v, is_causal=mask)
+        compare(program.module()(q, k, v)[0], q, k, v, is_causal=mask, softcap=2.0)
     elif name == "autocast":
         q, k, v = (x.float() for x in (q, k, v))
         expected = attend(q.bfloat16(), k.bfloat16(), v.bfloat16())[0]
@@ -1614,10 +1673,13 @@ def patch_interpreter():
         return handle(data.view(np.float32), tl.float32)
 
     def assembly(self, asm, constraints, values, *rest):
-        """flash_attn.py has three: a rounding, a load, and one on barriers, which are not here."""
+        """flash_attn.py has four: a rounding, an inverse, a load, and one on barriers, which are
+        not here."""
         x = values[0]
         if "cvt.rn.bf16x2.f32" in asm:
             x = widened(to_bf16(x.data))
+        elif "rcp.approx" in asm:
+            x = handle(1 / x.data, x.dtype)
         elif "ld.global.b32" in asm:
             pointers = handle(x.data.astype(np.uint64), tl.pointer_type(tl.int32))
             policies = builder.create_load.__code__.co_argcount - 3  # 2; from Triton 3.9 on 1
@@ -1835,7 +1897,7 @@ def triton_code(sm, kernel, grid, args, options):
 
 
 def machine_code(config, sm, head_dim=128, dtype="bfloat16", is_causal=False, group=1, length=4096,
-                 keys=None, window=-1):  # fmt: skip
+                 keys=None, window=-1, softcap=None):  # fmt: skip
     """Compile what flash_attention launches on compute capability sm / 10, without such a GPU.
 
     config: as flash_attention takes it, or "gradient", with the forward before it. group: how many
@@ -1855,9 +1917,10 @@ def machine_code(config, sm, head_dim=128, dtype="bfloat16", is_causal=False, gr
         mask, visible = (int(is_causal), max(window, -1), -1), None
         if window == BY_ROW:
             visible = torch.empty(B, 2, length, dtype=torch.int32, device="cuda")
-        _, lse = flash_attn._forward(q, k, v, visible, mask, None, config, backward)
+        scales = None, softcap
+        _, lse = flash_attn._forward(q, k, v, visible, mask, *scales, config, backward)
         if backward:
-            flash_attn._backward(q, k, v, q, lse, visible, q, None, mask, None, True, True)
+            flash_attn._backward(q, k, v, q, lse, visible, q, None, mask, *scales, True, True)
     first, *others = [(cute_code if cute else triton_code)(sm, *launch) for launch in LAUNCHED]
     return {**first, "then": others}
 
@@ -2000,7 +2063,8 @@ def cases(draws):
     yield "windows", few_queries, ()
     for function in (bad_input, clear_errors, unknown_triton, recipe_values, recipe_compiles):
         yield "transformers", function, ()
-    for function, table, n in ((gradient, GRADIENT, 4), (forward, FORWARD, 3)):
+    tables = (gradient, GRADIENT, 4), (softcap, SOFTCAP, 4), (forward, FORWARD, 3)
+    for function, table, n in tables:
         for names, dtypes, *row in table:
             for name, dtype, shape in itertools.product(names, dtypes, row[n:]):
                 if dtype != "float32" or not name.startswith("hopper"):
