@@ -90,10 +90,11 @@ def asked(mask):
     return dict(zip(("is_causal", "window"), mask if isinstance(mask, tuple) else (mask, None)))
 
 
-def definition(q, k, v, is_causal=False, scale=None):
+def definition(q, k, v, is_causal=False, scale=None, softcap=None):
     """Attention by its formula, and lse. A row that sees no key: out 0, lse -inf, no gradient."""
     k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))
     scores = q @ k.mT * (q.size(3) ** -0.5 if scale is None else scale)
+    scores = softcap * (scores / softcap).tanh() if softcap else scores
     mask = sees(q.size(2), k.size(2), is_causal)
     some = mask.any(-1)
     scores = scores.masked_fill(~mask, -math.inf).where(some[..., None], 0.0)
@@ -113,8 +114,10 @@ def tolerance(ref, other, factor, unit=1.0, least=0.0):
     return factor * max((other - ref).abs().max().item(), least) + 2 * rounding
 
 
-def sdpa(q, k, v, is_causal=False, scale=None):
-    """PyTorch's attention."""
+def sdpa(q, k, v, is_causal=False, scale=None, softcap=None):
+    """PyTorch's attention. It has no softcap: then the formula, every step rounded to q's dtype."""
+    if softcap:
+        return definition(q, k, v, is_causal, scale, softcap)[0]
     mask = None if is_causal is False else sees(q.size(2), k.size(2), is_causal)
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
 
@@ -260,6 +263,17 @@ GRADIENT += [(BOTH, BF16, dim, mask, "bhsd", kept, shape) for mask, dim, kept, s
     ("random", D, "queries", ROWS_CASES[0]), ("growing", D, "queries", ROWS_CASES[0]),
     ("padded_causal", D, "heads", ROWS_CASES[0]), ("packed_causal", 128, "queries", ROWS_CASES[1]),
     ("random", 256, "all", (1, 2, 1, 200, 209)))]  # fmt: skip
+SOFTCAP = [  # after what is kept the cap; most scores are below 10
+    (BOTH, HALF, D, "dense", "all", 50.0, (1, 2, 1, 150, 300)),
+    (BOTH, HALF, D, "upper_left", "queries", 5.0, (1, 4, 2, 150, 300)),
+    (BOTH, BF16, D, "lower_right", "heads", 0.01, (2, 4, 2, 300, 140)),
+    (BOTH, BF16, D, "window", "queries", 30.0, (1, 2, 1, 300, 340)),
+    (BOTH, HALF, D, "random", "queries", 30.0, ROWS_CASES[0]),
+    (BOTH, BF16, 128, "lower_right", "heads", 5.0, (2, 2, 1, 140, 209)),
+    (BOTH, BF16, 256, "dense", "all", 5.0, (1, 2, 1, 140, 209)),
+    (BOTH, BF16, 256, "upper_left", "queries", 50.0, (1, 2, 1, 200, 140)),
+    (("default",), FLOAT, D, "upper_left", "queries", 5.0, (1, 2, 1, 150, 200)),
+]  # fmt: skip
 DENSE, FP16 = ("bfloat16",), ("float16",)
 RAGGED, CAUSAL = ("bfloat16", LOWER_RIGHT, 1, 4096, 4097), ("float16", True)
 BY_ROW = -2  # of machine_code: `visible` in place of a window
@@ -382,14 +396,15 @@ class Skipped(Exception):
 
 
 def compare(out, q, k, v, scale=None, unit=1.0, least=0.0, is_causal=False, lse=None, atol=2e-5,
-            ref=None):  # fmt: skip
+            ref=None, softcap=None):  # fmt: skip
     """Hold out to the tolerance. Rows with NaN or inf are those that have it by definition.
     lse: held to atol: its error is a relative error of every p. ref: the definition, if known."""
     what = f"at q {tuple(q.shape)}, k {tuple(k.shape)}, is_causal {is_causal}, scale {scale}"
+    what += f", softcap {softcap}"
     assert out.shape == q.shape and out.dtype == q.dtype, (out.shape, out.dtype, what)
-    other = sdpa(q, k, v, is_causal, scale)
+    other = sdpa(q, k, v, is_causal, scale, softcap)
     if ref is None or lse is not None:
-        ref, lse_ref = definition(q.double(), k.double(), v.double(), is_causal, scale)
+        ref, lse_ref = definition(q.double(), k.double(), v.double(), is_causal, scale, softcap)
     if lse is not None:
         assert lse.shape == q.shape[:3] and lse.dtype == torch.float32, (lse.shape, lse.dtype, what)
         message = lambda text: f"lse: {text} {what}"
@@ -457,7 +472,17 @@ def gradient_of(config):
         yield
 
 
-def compare_gradients(qkv, options, with_lse=False, scale=None, least=(0.0, 0.0, 0.0)):
+def kept_at_most(kept, qkv):
+    """Inside, so much of ds is kept at a time."""
+    (_, H, M, _), (_, Hk, N, _) = (x.shape for x in qkv[:2])
+    of_head = H // Hk * -(-M // 128) * -(-N // 128) * 2**14 * qkv[0].element_size()  # of keys
+    budget = {"all": flash_attn.DS_BYTES, "heads": 2 * of_head, "queries": 1}[kept]
+    small = dict(DS_BYTES=budget, DS_KEYS=flash_attn.DS_KEYS if kept == "all" else 1)
+    return mock.patch.multiple(flash_attn, **small)
+
+
+def compare_gradients(qkv, options, with_lse=False, scale=None, least=(0.0, 0.0, 0.0),
+                      softcap=None):  # fmt: skip
     """Hold dq, dk and dv of random gradients of out and lse to the tolerance. least: of each."""
     is_causal, dtype = options.get("is_causal", False), qkv[0].dtype
     given = {**asked(is_causal), "config": options.get("config")}
@@ -473,21 +498,22 @@ def compare_gradients(qkv, options, with_lse=False, scale=None, least=(0.0, 0.0,
         return torch.autograd.grad(loss, leaves)
 
     def ours(*qkv):
-        attend = functools.partial(flash_attention, enable_gqa=True, scale=scale, **given)
+        attend = functools.partial(flash_attention, enable_gqa=True, **scales, **given)
         return attend(*qkv, return_lse=True) if with_lse else (attend(*qkv), torch.zeros(()))
 
-    high = functools.partial(definition, is_causal=is_causal, scale=scale)
-    pytorch = lambda *qkv: (sdpa(*qkv, is_causal, scale), high(*(x.float() for x in qkv))[1])
+    scales = dict(scale=scale, softcap=softcap)
+    high = functools.partial(definition, is_causal=is_causal, **scales)
+    pytorch = lambda *qkv: (sdpa(*qkv, is_causal, **scales), high(*(x.float() for x in qkv))[1])
     found, ref, lines = gradients(ours, dtype), gradients(high, torch.float64), []
     lse = high(*(x.double() for x in qkv))[1]
     lse = lse.where(lse > -INF, 0.0).abs().max().item()
-    of_p = 2.0**-21 * (2 + lse)  # the relative error of exp(score - lse) in float32
+    of_p = 2.0**-21 * (2 + lse + (softcap or 0))  # the relative error of exp(score - lse) in float32
     for name, x, y, other, low in zip("qkv", found, ref, gradients(pytorch, dtype), least):
         unit = y.abs().max().item()
         bound = tolerance(y, other.nan_to_num(), 3, unit, low) + of_p * unit
         error = (x - y).abs().max().item()
         lines.append(f"d{name} {error:.1e} <= {bound:.1e}")
-        where = f"at {[tuple(x.shape) for x in qkv]}, {options}, scale {scale}, lse {with_lse}"
+        where = f"at {[tuple(x.shape) for x in qkv]}, {options}, {scales}, lse {with_lse}"
         assert error <= bound, f"not {lines[-1]} {where}"
     return ", ".join(lines)
 
@@ -497,11 +523,8 @@ def gradient(config, dtype, D, mask, layout, kept, B, H, Hk, M, N):
     qkv = LAYOUTS[layout](*make((B, H, M, D), dtype, N, Hk))
     plan = NAMED["hopper_256" if config == "hopper" and D > 128 else config]
     plan = None if dtype == "float32" else plan
-    of_head = H // Hk * -(-M // 128) * -(-N // 128) * 2**14 * qkv[0].element_size()  # of keys
-    budget = {"all": flash_attn.DS_BYTES, "heads": 2 * of_head, "queries": 1}[kept]
     options = dict(is_causal=mask_of(mask, B, M, N), config=plan)
-    small = dict(DS_BYTES=budget, DS_KEYS=flash_attn.DS_KEYS if kept == "all" else 1)
-    with gradient_of(config), mock.patch.multiple(flash_attn, **small):
+    with gradient_of(config), kept_at_most(kept, qkv):
         compare_gradients(qkv, options, scale=-0.3)
         return compare_gradients(qkv, options, with_lse=True)
 
@@ -905,6 +928,25 @@ def windows(config):
             compare(attend(q, k, v, window=window), q, k, v, is_causal=(False, window))
     assert torch.equal(attend(q, k, v, window=(600, None)), attend(q, k, v)), "a window of all keys"
     return compare(expected, q, k, v, is_causal=(False, (60, 30)), lse=lse)
+
+
+def softcap(config, dtype, dim, mask, kept, cap, B, H, Hk, M, N):
+    """out, lse and the gradients, of scores that the cap changes; another cap compiles nothing. Of
+    the last row exp(-lse) is more than a float16."""
+    q, k, v = make((B, H, M, dim), dtype, N, Hk)
+    q *= 4
+    k[..., 0], q[:, :, -1, 0] = 6, -5 * dim**0.5
+    plan = NAMED["hopper_256" if config == "hopper" and dim > 128 else config]
+    options = dict(is_causal=mask_of(mask, B, M, N), config=plan)
+    attend = functools.partial(
+        flash_attention, q, k, v, **asked(options["is_causal"]), enable_gqa=True, config=plan)
+    out, lse = attend(softcap=cap, return_lse=True)
+    line = compare(out, q, k, v, is_causal=options["is_causal"], lse=lse, softcap=cap)
+    with kept_at_most(kept, (q, k, v)), gradient_of(config):
+        line += ", " + compare_gradients((q, k, v), options, with_lse=True, softcap=cap)
+        with refuse_to_compile():
+            compare_gradients((q, k, v), options, with_lse=True, scale=-0.2, softcap=2 * cap)
+    return line
 
 
 def intervals():
@@ -1589,10 +1631,13 @@ def patch_interpreter():
         return handle(data.view(np.float32), tl.float32)
 
     def assembly(self, asm, constraints, values, *rest):
-        """flash_attn.py has three: a rounding, a load, and one on barriers, which are not here."""
+        """flash_attn.py has four: a rounding, an inverse, a load, and one on barriers, which are
+        not here."""
         x = values[0]
         if "cvt.rn.bf16x2.f32" in asm:
             x = widened(to_bf16(x.data))
+        elif "rcp.approx" in asm:
+            x = handle(1 / x.data, x.dtype)
         elif "ld.global.b32" in asm:
             pointers = handle(x.data.astype(np.uint64), tl.pointer_type(tl.int32))
             policies = builder.create_load.__code__.co_argcount - 3  # 2; from Triton 3.9 on 1
@@ -1810,7 +1855,7 @@ def triton_code(sm, kernel, grid, args, options):
 
 
 def machine_code(config, sm, head_dim=128, dtype="bfloat16", is_causal=False, group=1, length=4096,
-                 keys=None, window=-1):  # fmt: skip
+                 keys=None, window=-1, softcap=None):  # fmt: skip
     """Compile what flash_attention launches on compute capability sm / 10, without such a GPU.
 
     config: as flash_attention takes it, or "gradient", with the forward before it. group: how many
@@ -1830,9 +1875,10 @@ def machine_code(config, sm, head_dim=128, dtype="bfloat16", is_causal=False, gr
         mask, visible = (int(is_causal), max(window, -1), -1), None
         if window == BY_ROW:
             visible = torch.empty(B, 2, length, dtype=torch.int32, device="cuda")
-        _, lse = flash_attn._forward(q, k, v, visible, mask, None, config, backward)
+        scales = None, softcap
+        _, lse = flash_attn._forward(q, k, v, visible, mask, *scales, config, backward)
         if backward:
-            flash_attn._backward(q, k, v, q, lse, visible, q, None, mask, None, True, True)
+            flash_attn._backward(q, k, v, q, lse, visible, q, None, mask, *scales, True, True)
     first, *others = [(cute_code if cute else triton_code)(sm, *launch) for launch in LAUNCHED]
     return {**first, "then": others}
 
@@ -1974,7 +2020,8 @@ def cases(draws):
     yield "windows", intervals, ()
     for function in (bad_input, clear_errors, unknown_triton, recipe_values, recipe_compiles):
         yield "transformers", function, ()
-    for function, table, n in ((gradient, GRADIENT, 4), (forward, FORWARD, 3)):
+    tables = (gradient, GRADIENT, 4), (softcap, SOFTCAP, 4), (forward, FORWARD, 3)
+    for function, table, n in tables:
         for names, dtypes, *row in table:
             for name, dtype, shape in itertools.product(names, dtypes, row[n:]):
                 if dtype != "float32" or not name.startswith("hopper"):

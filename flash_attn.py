@@ -113,6 +113,16 @@ def log2(x):
     return hl.inline_triton("tl.log2({0})", args=(x,), output_like=x)
 
 
+def tanh(x):
+    """tanh(x / (2 log2(e))), to 2e-7: 1 or -1 where exp2 is inf or 0. `/` takes 5 instructions."""
+    return 1 - 2 * hl.inline_triton(
+        "tl.inline_asm_elementwise('rcp.approx.ftz.f32 $0, $1;', '=r,r', [1 + tl.exp2({0})],"
+        " dtype=tl.float32, is_pure=True, pack=1)",
+        args=(x,),
+        output_like=x,
+    )
+
+
 def round_to_bf16(p):
     """float32 rounded to the nearest bfloat16, still float32. Two elements an instruction, where
     p.to(bfloat16) takes one conversion each."""
@@ -258,7 +268,8 @@ def _forward_kernel(
     lse: torch.Tensor,  # [B, H, M], float32, natural logarithm
     visible: torch.Tensor,  # [B, 2, M], int32
     ranges: torch.Tensor,  # [B, 2, number of blocks of 128 queries], int32
-    qk_scale: float,  # scale * log2(e)
+    qk_scale: float,  # scale * log2(e); if capped softcap * log2(e)
+    cap_scale: float,  # if capped 2 log2(e) * scale / softcap: the factor of what tanh takes
     head_dim: int,
     low: int,
     diagonal: int,
@@ -266,6 +277,7 @@ def _forward_kernel(
     block_n: hl.constexpr,
     windowed: hl.constexpr,
     by_row: hl.constexpr,
+    capped: hl.constexpr,
     rows_per_program: hl.constexpr,  # block_m; FIXUP_ROWS for the fix-up
 ) -> torch.Tensor:
     """Flash attention as in the paper, on any GPU, for any strides.
@@ -312,7 +324,8 @@ def _forward_kernel(
                 kv_valid = (keys < N)[:, None] & d_valid
                 # Scores. The scale is applied in float32: on q in bf16 it would round once more.
                 k_tile = hl.load(k, [b, hk, keys[:, None], d], extra_mask=kv_valid)
-                qk = hl.dot(q_tile, k_tile.T, out_dtype=torch.float32) * qk_scale
+                qk = hl.dot(q_tile, k_tile.T, out_dtype=torch.float32)
+                qk = (tanh(qk * cap_scale) if capped else qk) * qk_scale
                 qk = torch.where(keys[None, :] <= last_key[:, None], qk, float("-inf"))
                 if windowed:
                     qk = torch.where(keys[None, :] >= first_key[:, None], qk, float("-inf"))
@@ -336,10 +349,11 @@ def _hopper_forward_kernel(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,  # as above
     lse: torch.Tensor,  # NaN in a row asks for the fix-up
     visible: torch.Tensor, ranges: torch.Tensor,  # as above
-    qk_scale: float, head_dim: int, low: int, diagonal: int,  # as above; qk_scale > 0
+    qk_scale: float, cap_scale: float, head_dim: int, low: int, diagonal: int,  # qk_scale > 0
     num_programs: int,  # one per SM
     paired: int,  # 1: a program takes query tiles in pairs, a long one and a short one
     block_m: hl.constexpr, block_n: hl.constexpr, windowed: hl.constexpr, by_row: hl.constexpr,
+    capped: hl.constexpr,
     masked: hl.constexpr,  # mask every tile; else only the last one, after the loop
     running_max: hl.constexpr,
     exact_lse: hl.constexpr,  # lse of p, not of the rounded p: for the gradient and return_lse
@@ -434,6 +448,8 @@ def _hopper_forward_kernel(
             n_load = int32("tl.minimum({0}, {1} - {2})", n, n_end, block_n)
             k_tile = k[b, hk, n_load + hl.arange(block_n), :]
             qk = hl.dot(q_tile, k_tile.T, out_dtype=torch.float32)
+            if capped:
+                qk = tanh(qk * cap_scale)
             sees = hl.arange(block_n)[None, :] <= (last_key - n)[:, None]
             if windowed:
                 sees = sees & (hl.arange(block_n)[None, :] >= (first_key - n)[:, None])
@@ -508,6 +524,8 @@ def _hopper_forward_kernel(
 #     ds    = p (do v^T - delta)                     [M, N]
 #     dk    = scale ds^T q
 #     dq    = scale ds k
+# With a softcap t = tanh(scale q k^T / softcap), p = exp(softcap t - lse), and ds has a factor
+# 1 - t^2.
 # (FlashAttention-2, algorithm 2.) dkdv_kernel computes ds and writes it; dq_kernel reads it.
 # To compute ds again for dq takes 9 to 18% longer at D = 128. At D = 64 ds is as large as at 128,
 # and the products are half as large: on Hopper hopper_dq_kernel computes ds again (H100: 11% less
@@ -569,12 +587,14 @@ def head_and_block(w, num_heads, num_blocks):
 
 def _dkdv_kernel(
     q: torch.Tensor, do: torch.Tensor, aug: torch.Tensor,  # [B, H, M, head_dim]; aug: 16 columns
+    lse: torch.Tensor,  # [B, H, M]; read if capped
     k: torch.Tensor, v: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor,  # [B, Hk, N, head_dim]
     ds: torch.Tensor,  # ds^T, [B, H, N, M], N and M padded to multiples of 128
     visible: torch.Tensor,  # [B, 2, M], int32
     ranges: torch.Tensor,  # [B, 2, number of blocks of 128 keys], int32
-    scale: float, qk_scale: float, head_dim: int, low: int, diagonal: int,
+    scale: float, qk_scale: float, cap_scale: float, head_dim: int, low: int, diagonal: int,
     block_m: hl.constexpr, block_n: hl.constexpr, windowed: hl.constexpr, by_row: hl.constexpr,
+    capped: hl.constexpr,
     masked: hl.constexpr,  # some key is hidden
     write_ds: hl.constexpr, with_dk: hl.constexpr, with_dv: hl.constexpr,
     tma: hl.constexpr,  # read by TMA, and specialise as hopper_forward_kernel does
@@ -589,9 +609,9 @@ def _dkdv_kernel(
     B, H, M, _ = q.size()
     Hk, N = k.size(1), k.size(2)
     BLOCK_D = hl.specialize(k.size(3))
-    k_strides, v_strides = k.stride(), v.stride()
+    k_strides, v_strides, lse_strides = k.stride(), v.stride(), lse.stride()
     visible_strides, ranges_strides = visible.stride(), ranges.stride()
-    group = H // Hk
+    group, log2e = H // Hk, 1.4426950408889634
     num_n_blocks = (N + block_n - 1) // block_n
     num_m_blocks = (M + 127) // 128 * (128 // block_m)
     for w in hl.grid(B * Hk * num_n_blocks):
@@ -637,10 +657,18 @@ def _dkdv_kernel(
                 do_tile = load_tile(do, b, h, rows, d, head_dim, tma)
                 aug_tile = load_tile(aug, b, h, rows, hl.arange(16), 16, tma)
                 s = hl.dot(k_tile, q_tile.T, out_dtype=torch.float32)
-                s = hl.inline_triton(add_dot, args=(lse_ones, aug_tile, s), output_like=s)
+                if not capped:
+                    s = hl.inline_triton(add_dot, args=(lse_ones, aug_tile, s), output_like=s)
                 dp = hl.dot(v_tile, do_tile.T, out_dtype=torch.float32)
                 dp = hl.inline_triton(add_dot, args=(delta_ones, aug_tile, dp), output_like=dp)
-                p = exp2(s * qk_scale)  # a query beyond M has p = 1, but do = 0 and dp = 0
+                if capped:  # lse is not a term of what tanh takes
+                    s = tanh(s * cap_scale)
+                    lse_tile = load_row_vector(lse, lse_strides, b, h, rows) * log2e
+                    lse_tile = torch.where(rows < M, lse_tile, float("inf"))  # p = 0 beyond M
+                    dp = dp * (1 - s * s)
+                    p = exp2(s * qk_scale - lse_tile[None, :])
+                else:
+                    p = exp2(s * qk_scale)  # a query beyond M has p = 1, but do = 0 and dp = 0
                 if by_row:
                     first_key, last_key = load_interval(visible, visible_strides, b, rows, N)
                     p = torch.where(keys[:, None] >= first_key[None, :], p, 0.0)
@@ -715,8 +743,9 @@ def _hopper_dq_kernel(
     lse: torch.Tensor, delta: torch.Tensor,  # [B, H, M], with the same strides
     k: torch.Tensor, v: torch.Tensor,  # [B, Hk, N, head_dim]
     visible: torch.Tensor, ranges: torch.Tensor,  # as forward_kernel's
-    scale: float, qk_scale: float, head_dim: int, low: int, diagonal: int,
+    scale: float, qk_scale: float, cap_scale: float, head_dim: int, low: int, diagonal: int,
     block_m: hl.constexpr, block_n: hl.constexpr, windowed: hl.constexpr, by_row: hl.constexpr,
+    capped: hl.constexpr,
     masked: hl.constexpr,  # mask every tile: windowed, or diagonal % block_n > 0
 ) -> torch.Tensor:  # fmt: skip
     """dq where ds is not in memory, in hopper_forward_kernel's order: ds k of the previous tile is
@@ -756,6 +785,8 @@ def _hopper_dq_kernel(
             k_before = k[b, hk, n_before + hl.arange(block_n), :]
             s = hl.dot(q_tile, k[b, hk, n + hl.arange(block_n), :].T, out_dtype=torch.float32)
             dp = hl.dot(do_tile, v[b, hk, n + hl.arange(block_n), :].T, out_dtype=torch.float32)
+            if capped:
+                s = tanh(s * cap_scale)
             x = s * qk_scale - lse_tile[:, None]
             if masked:
                 sees = hl.arange(block_n)[None, :] <= (last_key - n)[:, None]
@@ -764,6 +795,8 @@ def _hopper_dq_kernel(
                 x = torch.where(sees, x, float("-inf"))
             acc = hl.dot(ds_tile, k_before, acc=acc)
             ds = exp2(x) * (dp - delta_tile[:, None])
+            if capped:
+                ds = ds * (1 - s * s)
         keys = n_end - block_n + hl.arange(block_n)
         ds = torch.where(keys[None, :] <= last_key[:, None], ds, 0.0)
         acc = hl.dot(ds.to(k.dtype), k[b, hk, keys, :], acc=acc)
@@ -1049,6 +1082,13 @@ def _bounds(mask, M, N):
     return low if low > 1 - M else -M, diagonal if diagonal < N - 1 else N
 
 
+def _scales(scale, softcap):
+    """qk_scale and cap_scale of the kernels."""
+    if softcap:
+        return softcap * LOG2E, 2 * LOG2E * scale / softcap
+    return scale * LOG2E, 0.0  # not read
+
+
 def _query_ranges(visible, N):
     """[B, 2, number of blocks of 128 queries], int32: the keys of a block begin and end there."""
     first, last = visible.unbind(1)
@@ -1070,11 +1110,11 @@ def _key_ranges(query_ranges, N):
     return torch.stack((query.where(meets, 2**30).amin(-1).minimum(end), end), 1)
 
 
-def _forward(q, k, v, visible, mask, scale, config, exact_lse):
+def _forward(q, k, v, visible, mask, scale, softcap, config, exact_lse):
     """out and lse. visible: [B, 2, M], int32, or None. mask: as `_bounds` takes it."""
     if q.is_cuda and q.device.index != torch.cuda.current_device():  # where Triton launches
         with torch.cuda.device(q.device):
-            return _forward(q, k, v, visible, mask, scale, config, exact_lse)
+            return _forward(q, k, v, visible, mask, scale, softcap, config, exact_lse)
     q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()  # a view may say -x by a bit only
     (B, H, M, D), N = q.shape, k.size(2)
     if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
@@ -1097,7 +1137,7 @@ def _forward(q, k, v, visible, mask, scale, config, exact_lse):
     by_row = visible is not None
     windowed = by_row or low > -M
     is_dense = diagonal == N and not windowed
-    numbers, block_d = (scale * LOG2E, D, low, diagonal), configs.padded(D)
+    numbers, block_d = (*_scales(scale, softcap), D, low, diagonal), configs.padded(D)
     capability, num_programs = _gpu(q.device)  # one program per SM
     tuning = config or configs.best(capability, D, q.dtype, B * H, M, N)
     plain_kernel, plain_tuning = forward_kernel, configs.hopper_general(D)
@@ -1106,7 +1146,7 @@ def _forward(q, k, v, visible, mask, scale, config, exact_lse):
         or max(*q.stride(), *out.stride()) >= 2**31 or M * out.stride(2) >= 2**31  # int32 offsets
         or B * q.stride(0) >= 2**31 * max(1, q.stride(2))
         or D < 16  # never tried
-        or scale < 2.0**-100  # -inf * scale must be -inf
+        or scale < 2.0**-100 and not softcap  # -inf * qk_scale must be -inf
     ):  # fmt: skip
         tuning = plain_tuning
     if by_row and tuning is configs.HOPPER_64:  # a range is that of 128 rows
@@ -1122,9 +1162,9 @@ def _forward(q, k, v, visible, mask, scale, config, exact_lse):
     layout = q.dtype, block_d, q.device, D % 16 == 0 and all(aligned), False  # no float32 sums
     block_m, block_n = tuning.block_m, tuning.block_n
     intervals = (visible, _query_ranges(visible, N)) if by_row else (lse, lse)  # not read
-    tensors = q, k, v, out, lse, *intervals
+    tensors, capped = (q, k, v, out, lse, *intervals), bool(softcap)
     if tuning.kernel != "hopper_forward":
-        constants = block_m, block_n, windowed, by_row, block_m
+        constants = block_m, block_n, windowed, by_row, capped, block_m
         launch(plain_kernel, tuning, tensors, numbers, constants, layout)
         return out, lse
     running_max = q.dtype == torch.float16
@@ -1135,12 +1175,13 @@ def _forward(q, k, v, visible, mask, scale, config, exact_lse):
     if running_max or block_d == 256:
         masked = not is_dense or N % block_n > 0
     paired = int(not is_dense and B * H * _cdiv(M, block_m) > num_programs)
-    constants = block_m, block_n, windowed, by_row, masked, running_max, (
+    constants = block_m, block_n, windowed, by_row, capped, masked, running_max, (
         exact_lse and not running_max)
     hopper_numbers = *numbers, num_programs, paired
     launch(hopper_forward_kernel, tuning, tensors, hopper_numbers, constants, layout)
     if not running_max:
-        constants = plain_tuning.block_m, plain_tuning.block_n, windowed, by_row, FIXUP_ROWS
+        constants = (plain_tuning.block_m, plain_tuning.block_n, windowed, by_row, capped,
+                     FIXUP_ROWS)  # fmt: skip
         launch(plain_kernel, plain_tuning, tensors, numbers, constants, layout)
     return out, lse
 
@@ -1158,12 +1199,12 @@ def _chunks(B, Hk, group, M, N, itemsize):
     return batches, heads, min(M, max(128, rows // 128 * 128))
 
 
-def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, needs_q, needs_kv):
+def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, softcap, needs_q, needs_kv):
     """dq, dk, dv; None for a gradient that is not needed. visible, mask: as for `_forward`."""
     if q.is_cuda and q.device.index != torch.cuda.current_device():
         with torch.cuda.device(q.device):
             return _backward(
-                q, k, v, out, lse, visible, do, dlse, mask, scale, needs_q, needs_kv)
+                q, k, v, out, lse, visible, do, dlse, mask, scale, softcap, needs_q, needs_kv)
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     do, lse = torch.zeros_like(out) if do is None else do, lse.contiguous()
@@ -1178,6 +1219,7 @@ def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, needs_q, needs_
     scale = D**-0.5 if scale is None else float(scale)
     # 1 / divisor must be finite. Below 2^-60 scores round to 0: p stays the same.
     divisor = scale if abs(scale) > 2.0**-60 else 2.0**-60
+    scales, capped = (scale, *_scales(divisor, softcap)), bool(softcap)
     low, diagonal = _bounds(mask, M, N)
     by_row = visible is not None
     windowed = by_row or low > -M
@@ -1227,13 +1269,14 @@ def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, needs_q, needs_
         range(0, B, batches), range(0, Hk, heads), range(0, M, rows)
     ):
         numbers = D, low + m, diagonal if diagonal == N else diagonal + m
-        q_, do_, aug_, dq_, k_, v_, dk_, dv_ = q, do, aug, dq, k, v, dk, dv
+        q_, do_, aug_, lse_, dq_, k_, v_, dk_, dv_ = q, do, aug, lse, dq, k, v, dk, dv
         visible_, of_queries_, of_keys_ = visible if by_row else lse, query_ranges, key_ranges
         if not is_whole:
             part = slice(b, b + batches), slice(h, h + heads)
             k_, v_, dk_, dv_ = (x[part] for x in (k, v, dk, dv))
             part = part[0], slice(h * group, (h + heads) * group), slice(m, m + rows)
-            q_, do_, aug_, dq_ = (x if x is None else x[part] for x in (q, do, aug, dq))
+            q_, do_, aug_, lse_, dq_ = (
+                x if x is None else x[part] for x in (q, do, aug, lse, dq))
             if by_row:
                 visible_ = visible[part[0], :, part[2]]
                 of_queries_ = query_ranges[part[0], :, m // 128 : (m + rows) // 128]
@@ -1241,11 +1284,10 @@ def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, needs_q, needs_
         if is_summed:
             dk_sum, dv_sum, dk_, dv_ = dk_, dv_, torch.empty_like(dk_), torch.empty_like(dv_)
         masked = windowed or diagonal < N
-        tensors = q_, do_, aug_, k_, v_, dk_, dv_, ds, visible_, of_keys_
+        tensors = q_, do_, aug_, lse_, k_, v_, dk_, dv_, ds, visible_, of_keys_
         for tuning, *mode in modes:
-            constants = tuning.block_m, tuning.block_n, windowed, by_row, masked, *mode, tma
-            launch(of_keys, tuning, tensors,
-                   (scale, divisor * LOG2E, *numbers), constants,
+            constants = tuning.block_m, tuning.block_n, windowed, by_row, capped, masked, *mode, tma
+            launch(of_keys, tuning, tensors, (*scales, *numbers), constants,
                    (*layout[:4], is_summed))  # fmt: skip
         if is_summed:
             dk_sum += dk_
@@ -1256,10 +1298,9 @@ def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, needs_q, needs_
             launch(of_queries, of_dq, tensors, (scale, *numbers), constants, layout)
         elif needs_q:
             masked = windowed or diagonal < N and diagonal % of_dq.block_n > 0
-            constants = of_dq.block_m, of_dq.block_n, windowed, by_row, masked
+            constants = of_dq.block_m, of_dq.block_n, windowed, by_row, capped, masked
             tensors = dq_, q_, do_, lse, delta, k_, v_, visible_, of_queries_
-            launch(hopper_dq_kernel, of_dq, tensors,
-                   (scale, divisor * LOG2E, *numbers), constants, layout)  # fmt: skip
+            launch(hopper_dq_kernel, of_dq, tensors, (*scales, *numbers), constants, layout)
     if not needs_kv:
         return dq, None, None
     return dq, dk.to(k.dtype), dv.to(v.dtype)
@@ -1274,13 +1315,14 @@ _NAME = __name__.replace(".", "_")
 @torch.library.custom_op(f"{_NAME}::forward", mutates_args=())
 def _forward_operator(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None,
-    is_causal: int, left: int, right: int, scale: float | None, exact_lse: bool,
+    is_causal: int, left: int, right: int, scale: float | None, softcap: float | None,
+    exact_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    return _forward(q, k, v, visible, (is_causal, left, right), scale, None, exact_lse)
+    return _forward(q, k, v, visible, (is_causal, left, right), scale, softcap, None, exact_lse)
 
 
 @_forward_operator.register_fake
-def _(q, k, v, visible, is_causal, left, right, scale, exact_lse):
+def _(q, k, v, visible, is_causal, left, right, scale, softcap, exact_lse):
     return _out_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -1288,14 +1330,14 @@ def _(q, k, v, visible, is_causal, left, right, scale, exact_lse):
 def _backward_operator(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
     visible: torch.Tensor | None, do: torch.Tensor | None, dlse: torch.Tensor | None,
-    is_causal: int, left: int, right: int, scale: float | None,
+    is_causal: int, left: int, right: int, scale: float | None, softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     mask = is_causal, left, right
-    return _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, True, True)
+    return _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, softcap, True, True)
 
 
 @_backward_operator.register_fake
-def _(q, k, v, out, lse, visible, do, dlse, is_causal, left, right, scale):
+def _(q, k, v, out, lse, visible, do, dlse, is_causal, left, right, scale, softcap):
     return _out_like(q), _out_like(k), _out_like(v)
 
 
@@ -1312,19 +1354,19 @@ def _is_traced(q, k, v):
     )  # fmt: skip
 
 
-def _dispatch(q, k, v, visible, mask, scale, config, exact_lse):
+def _dispatch(q, k, v, visible, mask, scale, softcap, config, exact_lse):
     """out and lse, by the operator where torch traces the call."""
     if _is_traced(q, k, v):
-        return _forward_operator(q, k, v, visible, *mask, scale, exact_lse)
-    return _forward(q, k, v, visible, mask, scale, config, exact_lse)
+        return _forward_operator(q, k, v, visible, *mask, scale, softcap, exact_lse)
+    return _forward(q, k, v, visible, mask, scale, softcap, config, exact_lse)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, visible, mask, scale, config):
-        out, lse = _dispatch(q, k, v, visible, mask, scale, config, True)
+    def forward(ctx, q, k, v, visible, mask, scale, softcap, config):
+        out, lse = _dispatch(q, k, v, visible, mask, scale, softcap, config, True)
         ctx.save_for_backward(q, k, v, out, lse, visible)
-        ctx.mask, ctx.scale = mask, scale
+        ctx.mask, ctx.scales = mask, (scale, softcap)
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -1333,20 +1375,20 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, do, dlse):
         tensors = *ctx.saved_tensors, do, dlse  # read once: checkpointing forbids a second
         if _is_traced(*tensors[:3]):
-            grads = _backward_operator(*tensors, *ctx.mask, ctx.scale)
+            grads = _backward_operator(*tensors, *ctx.mask, *ctx.scales)
         else:
             needs_q, *needs_kv = ctx.needs_input_grad[:3]
-            grads = _backward(*tensors, ctx.mask, ctx.scale, needs_q, any(needs_kv))
-        return *grads, None, None, None, None
+            grads = _backward(*tensors, ctx.mask, *ctx.scales, needs_q, any(needs_kv))
+        return *grads, None, None, None, None, None
 
 
 def _sdpa_forward(q, k, v, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
     if dropout_p or return_debug_mask:
         raise RuntimeError("flash_attn.py has no dropout: call "
                            "torch.nn.attention.restore_flash_attention_impl()")  # fmt: skip
-    _check(q, k, v, is_causal, None, None, None, scale, True, None)
+    _check(q, k, v, is_causal, None, None, None, scale, None, True, None)
     # is_causal of SDPA's flash backend is lower right: torch.nn.attention.bias relies on that.
-    out, lse = _forward(q, k, v, None, (2 * is_causal, -1, -1), scale, None, True)
+    out, lse = _forward(q, k, v, None, (2 * is_causal, -1, -1), scale, None, None, True)
     seed, offset = (torch.zeros(n, dtype=torch.uint64, device=q.device) for n in ((2,), ()))
     return out, lse, None, None, q.size(2), k.size(2), seed, offset, q.new_empty(0)
 
@@ -1354,7 +1396,7 @@ def _sdpa_forward(q, k, v, dropout_p=0.0, is_causal=False, return_debug_mask=Fal
 def _sdpa_backward(do, q, k, v, out, lse, _q, _k, M, N, dropout_p, is_causal, _seed, _offset, *,
                    scale=None):  # fmt: skip
     mask = 2 * is_causal, -1, -1
-    return _backward(q, k, v, out, lse, None, do, None, mask, scale, True, True)
+    return _backward(q, k, v, out, lse, None, do, None, mask, scale, None, True, True)
 
 
 class _Registered:
@@ -1376,7 +1418,7 @@ if hasattr(torch.nn.attention, "register_flash_attention_impl"):  # torch 2.13
 # ---- The public function -------------------------------------------------------------------------
 
 
-def _check(q, k, v, is_causal, window, visible, sinks, scale, enable_gqa, config):
+def _check(q, k, v, is_causal, window, visible, sinks, scale, softcap, enable_gqa, config):
     """Raise the error that flash_attention documents, or return nothing."""
     if torch.jit.is_tracing():
         raise RuntimeError("flash_attention does not run under torch.jit.trace: "
@@ -1427,23 +1469,28 @@ def _check(q, k, v, is_causal, window, visible, sinks, scale, enable_gqa, config
         raise ValueError(f"sinks must be floats of shape ({H},) on {q.device}, got {sinks!r:.99}")
     if not isinstance(enable_gqa, bool):
         raise TypeError(f"enable_gqa must be a bool, got {enable_gqa!r}")
-    if not isinstance(scale, (float, int, type(None))):
-        raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
-    if scale is not None and not abs(scale) < 2e38:  # times log2(e) it has to be a float32
-        raise ValueError(f"scale must be finite and below 2e38, got {scale}")
+    for name, x in (("scale", scale), ("softcap", softcap)):
+        if not isinstance(x, (float, int, type(None))):
+            raise TypeError(f"{name} must be a float or None, got {type(x).__name__}")
+    if softcap and not 1e-4 <= softcap <= 1e4:
+        raise ValueError(f"softcap must be from 1e-4 to 1e4, or 0 or None, got {softcap}")
+    largest = min(2e38, 1e38 * softcap) if softcap else 2e38  # _scales have to be float32
+    if scale is not None and not abs(scale) < largest:
+        raise ValueError(f"scale must be finite and below {largest:.0e}, got {scale}")
     if config is not None:
-        _check_config(q, k, is_causal, window, visible, sinks, config)
+        _check_config(q, k, is_causal, window, visible, sinks, softcap, config)
 
 
-def _check_config(q, k, is_causal, window, visible, sinks, config):
+def _check_config(q, k, is_causal, window, visible, sinks, softcap, config):
     D = q.size(3)
     if visible is not None and isinstance(config, configs.Tuning) and (
         config.block_m != 128 if config.kernel == "hopper_forward" else config.block_m > 128
     ) and config is not configs.HOPPER_64:  # fmt: skip
         raise ValueError(f"config must have tiles of 128 rows for visible, got {config.block_m}")
     of_others = isinstance(config, helion.Config) or getattr(config, "kernel", "") == "blackwell"
-    if of_others and any(x is not None for x in (window, visible, sinks)):
-        raise ValueError("config is the report's or Blackwell's: without window, visible and sinks")
+    if of_others and any(x is not None for x in (window, visible, sinks, softcap or None)):
+        raise ValueError("config is the report's or Blackwell's: without window, visible, sinks "
+                         "and softcap")  # fmt: skip
     if isinstance(config, helion.Config):
         if is_causal is not False or q.size(1) != k.size(1) or D.bit_count() > 1:
             raise ValueError("config is the report's: its kernel is dense, without GQA, and takes "
@@ -1470,7 +1517,7 @@ def _check_config(q, k, is_causal, window, visible, sinks, config):
 
 
 def flash_attention(
-    q, k, v, *, is_causal=False, window=None, visible=None, sinks=None, scale=None,
+    q, k, v, *, is_causal=False, window=None, visible=None, sinks=None, scale=None, softcap=None,
     enable_gqa=False, return_lse=False, config=None,
 ):
     """softmax(q k^T * scale) v and its gradient, called as torch's scaled_dot_product_attention.
@@ -1492,6 +1539,8 @@ def flash_attention(
     sinks: [H], floats: one more score in each row's softmax, without a value (gpt-oss). lse has it.
     scale: a float below 2e38; 1 / sqrt(D) if None. Scores, q k^T * scale, have to stay below 2e38,
         too (float16 on Hopper: below 1e8).
+    softcap: from 1e-4 to 1e4: a score s becomes softcap * tanh(s / softcap) before the mask, with
+        an error of 2e-7 * softcap (Gemma 2). None or 0: no cap. (Not yet run on a GPU.)
     enable_gqa: Hk may divide H: each H / Hk consecutive heads of q share a head of k and v.
     config: None takes the best that configs.py knows for this GPU. A Tuning of a forward kernel
         takes that kernel, or forward_kernel for what that kernel cannot take. A helion.Config is
@@ -1522,7 +1571,7 @@ def flash_attention(
     ):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) if getattr(x, "dtype", None) in DTYPES else x for x in (q, k, v))
-    _check(q, k, v, is_causal, window, visible, sinks, scale, enable_gqa, config)
+    _check(q, k, v, is_causal, window, visible, sinks, scale, softcap, enable_gqa, config)
     if visible is not None:
         visible = torch.stack([x.expand(q.size(0), -1) for x in visible], 1)
     mask = int(is_causal), *_limits(window)
@@ -1542,10 +1591,10 @@ def flash_attention(
         ):
             raise RuntimeError("flash_attention has no forward-mode derivative")
     if needs_grad:
-        out, lse = _Attention.apply(q, k, v, visible, mask, scale, config)
+        out, lse = _Attention.apply(q, k, v, visible, mask, scale, softcap, config)
     else:
         with_lse = return_lse or sinks is not None
-        out, lse = _dispatch(q, k, v, visible, mask, scale, config, with_lse)
+        out, lse = _dispatch(q, k, v, visible, mask, scale, softcap, config, with_lse)
     if sinks is not None:
         sinks = sinks.float().clamp(min=-1e38)[:, None]  # -inf - -inf would be NaN
         out = (out * (lse - sinks).sigmoid()[..., None]).to(out.dtype)
