@@ -1404,7 +1404,8 @@ def recipe_values():
     for packs in (dict(position_ids=row(0, 1, 0, 1)), dict(position_ids=row(2, 3, 2, 3)),
                   dict(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=2)):  # fmt: skip
         right((0, 1, 4, 6), four, 4, **packs)
-        right((1, 1, 6, 6), four, 4, module=encoder, **packs)
+        both = (3.5,) * 4 if "position_ids" in packs else (1, 1, 6, 6)  # positions tell only decoders
+        right(both, four, 4, module=encoder, **packs)
         right(four, four, 4, sliding_window=1, **packs)
     right((1, 6), four, 2, cu_seq_lens_q=row(0, 1, 2)[0], cu_seq_lens_k=ends)
     for options in (dict(s_aux=sink), dict(s_aux=sink, softcap=2.0)):
@@ -1488,7 +1489,7 @@ def recipe_masks():
             found, expected = found[padding.bool()], expected[padding.bool()]
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
         ours[kind] += count.called
-    assert ours["usual"] == 24 and ours["packed"] == 2, ours
+    assert ours["usual"] == 24 and ours["packed"] == 4, ours
     return f"of {len(names)} kinds of mask, with padding, packed sequences and exceptions"
 
 
