@@ -115,9 +115,11 @@ def tolerance(ref, other, factor, unit=1.0, least=0.0):
 
 
 def sdpa(q, k, v, is_causal=False, scale=None, softcap=None):
-    """PyTorch's attention. It has no softcap: then the formula, every step rounded to q's dtype."""
+    """PyTorch's attention. It has no softcap: then p by the formula in float32, rounded once."""
     if softcap:
-        return definition(q, k, v, is_causal, scale, softcap)[0]
+        ones = torch.eye(k.size(2), device=DEVICE).expand(*k.shape[:3], -1)
+        p, _ = definition(q.float(), k.float(), ones, is_causal, scale, softcap)
+        return p.to(v.dtype) @ v.repeat_interleave(q.size(1) // v.size(1), 1)
     mask = None if is_causal is False else sees(q.size(2), k.size(2), is_causal)
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
 

@@ -587,7 +587,6 @@ def head_and_block(w, num_heads, num_blocks):
 
 def _dkdv_kernel(
     q: torch.Tensor, do: torch.Tensor, aug: torch.Tensor,  # [B, H, M, head_dim]; aug: 16 columns
-    lse: torch.Tensor,  # [B, H, M]; read if capped
     k: torch.Tensor, v: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor,  # [B, Hk, N, head_dim]
     ds: torch.Tensor,  # ds^T, [B, H, N, M], N and M padded to multiples of 128
     visible: torch.Tensor,  # [B, 2, M], int32
@@ -609,9 +608,9 @@ def _dkdv_kernel(
     B, H, M, _ = q.size()
     Hk, N = k.size(1), k.size(2)
     BLOCK_D = hl.specialize(k.size(3))
-    k_strides, v_strides, lse_strides = k.stride(), v.stride(), lse.stride()
+    k_strides, v_strides = k.stride(), v.stride()
     visible_strides, ranges_strides = visible.stride(), ranges.stride()
-    group, log2e = H // Hk, 1.4426950408889634
+    group = H // Hk
     num_n_blocks = (N + block_n - 1) // block_n
     num_m_blocks = (M + 127) // 128 * (128 // block_m)
     for w in hl.grid(B * Hk * num_n_blocks):
@@ -661,14 +660,11 @@ def _dkdv_kernel(
                     s = hl.inline_triton(add_dot, args=(lse_ones, aug_tile, s), output_like=s)
                 dp = hl.dot(v_tile, do_tile.T, out_dtype=torch.float32)
                 dp = hl.inline_triton(add_dot, args=(delta_ones, aug_tile, dp), output_like=dp)
-                if capped:  # lse is not a term of what tanh takes
+                if capped:
                     s = tanh(s * cap_scale)
-                    lse_tile = load_row_vector(lse, lse_strides, b, h, rows) * log2e
-                    lse_tile = torch.where(rows < M, lse_tile, float("inf"))  # p = 0 beyond M
                     dp = dp * (1 - s * s)
-                    p = exp2(s * qk_scale - lse_tile[None, :])
-                else:
-                    p = exp2(s * qk_scale)  # a query beyond M has p = 1, but do = 0 and dp = 0
+                    s = hl.inline_triton(add_dot, args=(lse_ones, aug_tile, s), output_like=s)
+                p = exp2(s * qk_scale)  # a query beyond M has p = 1, but do = 0 and dp = 0
                 if by_row:
                     first_key, last_key = load_interval(visible, visible_strides, b, rows, N)
                     p = torch.where(keys[:, None] >= first_key[None, :], p, 0.0)
@@ -1084,9 +1080,7 @@ def _bounds(mask, M, N):
 
 def _scales(scale, softcap):
     """qk_scale and cap_scale of the kernels."""
-    if softcap:
-        return softcap * LOG2E, 2 * LOG2E * scale / softcap
-    return scale * LOG2E, 0.0  # not read
+    return (softcap or scale) * LOG2E, 2 * LOG2E * scale / softcap if softcap else 0.0
 
 
 def _query_ranges(visible, N):
@@ -1218,8 +1212,8 @@ def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, softcap, needs_
     group, padded_m, padded_n = H // Hk, (M + 127) // 128 * 128, (N + 127) // 128 * 128
     scale = D**-0.5 if scale is None else float(scale)
     # 1 / divisor must be finite. Below 2^-60 scores round to 0: p stays the same.
-    divisor = scale if abs(scale) > 2.0**-60 else 2.0**-60
-    scales, capped = (scale, *_scales(divisor, softcap)), bool(softcap)
+    divisor = softcap or (scale if abs(scale) > 2.0**-60 else 2.0**-60)
+    scales, capped = (scale, divisor * LOG2E, _scales(scale, softcap)[1]), bool(softcap)
     low, diagonal = _bounds(mask, M, N)
     by_row = visible is not None
     windowed = by_row or low > -M
@@ -1269,14 +1263,13 @@ def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, softcap, needs_
         range(0, B, batches), range(0, Hk, heads), range(0, M, rows)
     ):
         numbers = D, low + m, diagonal if diagonal == N else diagonal + m
-        q_, do_, aug_, lse_, dq_, k_, v_, dk_, dv_ = q, do, aug, lse, dq, k, v, dk, dv
+        q_, do_, aug_, dq_, k_, v_, dk_, dv_ = q, do, aug, dq, k, v, dk, dv
         visible_, of_queries_, of_keys_ = visible if by_row else lse, query_ranges, key_ranges
         if not is_whole:
             part = slice(b, b + batches), slice(h, h + heads)
             k_, v_, dk_, dv_ = (x[part] for x in (k, v, dk, dv))
             part = part[0], slice(h * group, (h + heads) * group), slice(m, m + rows)
-            q_, do_, aug_, lse_, dq_ = (
-                x if x is None else x[part] for x in (q, do, aug, lse, dq))
+            q_, do_, aug_, dq_ = (x if x is None else x[part] for x in (q, do, aug, dq))
             if by_row:
                 visible_ = visible[part[0], :, part[2]]
                 of_queries_ = query_ranges[part[0], :, m // 128 : (m + rows) // 128]
@@ -1284,7 +1277,7 @@ def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, softcap, needs_
         if is_summed:
             dk_sum, dv_sum, dk_, dv_ = dk_, dv_, torch.empty_like(dk_), torch.empty_like(dv_)
         masked = windowed or diagonal < N
-        tensors = q_, do_, aug_, lse_, k_, v_, dk_, dv_, ds, visible_, of_keys_
+        tensors = q_, do_, aug_, k_, v_, dk_, dv_, ds, visible_, of_keys_
         for tuning, *mode in modes:
             constants = tuning.block_m, tuning.block_n, windowed, by_row, capped, masked, *mode, tma
             launch(of_keys, tuning, tensors, (*scales, *numbers), constants,
