@@ -114,7 +114,7 @@ def log2(x):
 
 
 def tanh(x):
-    """tanh(x / (2 log2(e))), to 2e-7: 1 or -1 where exp2 is inf or 0. `/` takes 5 instructions."""
+    """tanh(x / (2 log2(e))), to 4e-7: 1 or -1 where exp2 is inf or 0. `/` takes 5 instructions."""
     return 1 - 2 * hl.inline_triton(
         "tl.inline_asm_elementwise('rcp.approx.ftz.f32 $0, $1;', '=r,r', [1 + tl.exp2({0})],"
         " dtype=tl.float32, is_pure=True, pack=1)",
@@ -660,7 +660,7 @@ def _dkdv_kernel(
                     s = hl.inline_triton(add_dot, args=(lse_ones, aug_tile, s), output_like=s)
                 dp = hl.dot(v_tile, do_tile.T, out_dtype=torch.float32)
                 dp = hl.inline_triton(add_dot, args=(delta_ones, aug_tile, dp), output_like=dp)
-                if capped:
+                if capped:  # aug has -lse / softcap, a term of the tanh
                     s = tanh(s * cap_scale)
                     dp = dp * (1 - s * s)
                     s = hl.inline_triton(add_dot, args=(lse_ones, aug_tile, s), output_like=s)
@@ -783,6 +783,7 @@ def _hopper_dq_kernel(
             dp = hl.dot(do_tile, v[b, hk, n + hl.arange(block_n), :].T, out_dtype=torch.float32)
             if capped:
                 s = tanh(s * cap_scale)
+                dp = (dp - delta_tile[:, None]) * (1 - s * s)
             x = s * qk_scale - lse_tile[:, None]
             if masked:
                 sees = hl.arange(block_n)[None, :] <= (last_key - n)[:, None]
@@ -790,9 +791,7 @@ def _hopper_dq_kernel(
                     sees = sees & (hl.arange(block_n)[None, :] >= (first_key - n)[:, None])
                 x = torch.where(sees, x, float("-inf"))
             acc = hl.dot(ds_tile, k_before, acc=acc)
-            ds = exp2(x) * (dp - delta_tile[:, None])
-            if capped:
-                ds = ds * (1 - s * s)
+            ds = exp2(x) * (dp if capped else dp - delta_tile[:, None])
         keys = n_end - block_n + hl.arange(block_n)
         ds = torch.where(keys[None, :] <= last_key[:, None], ds, 0.0)
         acc = hl.dot(ds.to(k.dtype), k[b, hk, keys, :], acc=acc)
@@ -1078,9 +1077,8 @@ def _bounds(mask, M, N):
     return low if low > 1 - M else -M, diagonal if diagonal < N - 1 else N
 
 
-def _scales(scale, softcap):
-    """qk_scale and cap_scale of the kernels."""
-    return (softcap or scale) * LOG2E, 2 * LOG2E * scale / softcap if softcap else 0.0
+def _cap_scale(scale, softcap):
+    return 2 * LOG2E * scale / softcap if softcap else 0.0  # not read
 
 
 def _query_ranges(visible, N):
@@ -1131,7 +1129,8 @@ def _forward(q, k, v, visible, mask, scale, softcap, config, exact_lse):
     by_row = visible is not None
     windowed = by_row or low > -M
     is_dense = diagonal == N and not windowed
-    numbers, block_d = (*_scales(scale, softcap), D, low, diagonal), configs.padded(D)
+    numbers = (softcap or scale) * LOG2E, _cap_scale(scale, softcap), D, low, diagonal
+    block_d = configs.padded(D)
     capability, num_programs = _gpu(q.device)  # one program per SM
     tuning = config or configs.best(capability, D, q.dtype, B * H, M, N)
     plain_kernel, plain_tuning = forward_kernel, configs.hopper_general(D)
@@ -1213,7 +1212,7 @@ def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, softcap, needs_
     scale = D**-0.5 if scale is None else float(scale)
     # 1 / divisor must be finite. Below 2^-60 scores round to 0: p stays the same.
     divisor = softcap or (scale if abs(scale) > 2.0**-60 else 2.0**-60)
-    scales, capped = (scale, divisor * LOG2E, _scales(scale, softcap)[1]), bool(softcap)
+    scales, capped = (scale, divisor * LOG2E, _cap_scale(scale, softcap)), bool(softcap)
     low, diagonal = _bounds(mask, M, N)
     by_row = visible is not None
     windowed = by_row or low > -M
@@ -1465,9 +1464,9 @@ def _check(q, k, v, is_causal, window, visible, sinks, scale, softcap, enable_gq
     for name, x in (("scale", scale), ("softcap", softcap)):
         if not isinstance(x, (float, int, type(None))):
             raise TypeError(f"{name} must be a float or None, got {type(x).__name__}")
-    if softcap and not 1e-4 <= softcap <= 1e4:
+    if softcap and not 1e-4 <= softcap <= 1e4:  # larger: an error larger than bfloat16's
         raise ValueError(f"softcap must be from 1e-4 to 1e4, or 0 or None, got {softcap}")
-    largest = min(2e38, 1e38 * softcap) if softcap else 2e38  # _scales have to be float32
+    largest = min(2e38, 1e38 * softcap) if softcap else 2e38  # qk_scale, cap_scale: float32
     if scale is not None and not abs(scale) < largest:
         raise ValueError(f"scale must be finite and below {largest:.0e}, got {scale}")
     if config is not None:
@@ -1532,8 +1531,8 @@ def flash_attention(
     sinks: [H], floats: one more score in each row's softmax, without a value (gpt-oss). lse has it.
     scale: a float below 2e38; 1 / sqrt(D) if None. Scores, q k^T * scale, have to stay below 2e38,
         too (float16 on Hopper: below 1e8).
-    softcap: from 1e-4 to 1e4: a score s becomes softcap * tanh(s / softcap) before the mask, with
-        an error of 2e-7 * softcap (Gemma 2). None or 0: no cap. (Not yet run on a GPU.)
+    softcap: from 1e-4 to 1e4: a score s becomes softcap * tanh(s / softcap), as in Gemma 2, with an
+        error of 4e-7 * softcap. None or 0: no cap. (Not yet run on a GPU.)
     enable_gqa: Hk may divide H: each H / Hk consecutive heads of q share a head of k and v.
     config: None takes the best that configs.py knows for this GPU. A Tuning of a forward kernel
         takes that kernel, or forward_kernel for what that kernel cannot take. A helion.Config is
@@ -1549,10 +1548,10 @@ def flash_attention(
     do not start at multiples of 16 bytes, expanded batches, and a q whose head dim is padded and
     whose heads interleave in memory.
     The first call of a kind compiles for seconds. Kinds differ in dtype, padded head dim, mask,
-    alignment, config, return_lse, and the gradients that are needed. So do tensors of 2^31
-    elements. On Hopper these lengths are kinds of their own: N <= 128; bf16 up to D = 64, M < 1024
-    or B * H * M < 2^17; dense float16 up to D = 128, N % 128 > 0; dense D > 128, N % 64 > 0;
-    LOWER_RIGHT, (N - M) % 128 > 0. A CUDA graph cannot capture a first call.
+    softcap or none, alignment, config, return_lse, and the gradients that are needed. So do tensors
+    of 2^31 elements. On Hopper these lengths are kinds of their own: N <= 128; bf16 up to D = 64,
+    M < 1024 or B * H * M < 2^17; dense float16 up to D = 128, N % 128 > 0; dense D > 128,
+    N % 64 > 0; LOWER_RIGHT, (N - M) % 128 > 0. A CUDA graph cannot capture a first call.
     Under torch.compile, torch.export and dispatch modes (make_fx, FlopCounterMode, selective
     checkpointing), and for subclasses of Tensor, it is one operator, and config has to be None.
     Under autocast q, k and v are cast as SDPA's are.
