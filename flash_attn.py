@@ -114,7 +114,7 @@ def log2(x):
 
 
 def tanh(x):
-    """tanh(x / (2 log2(e))), to 2e-7: 1 or -1 where exp2 is inf or 0. `/` takes 5 instructions."""
+    """tanh(x / (2 log2(e))), to 4e-7: 1 or -1 where exp2 is inf or 0. `/` takes 5 instructions."""
     return 1 - 2 * hl.inline_triton(
         "tl.inline_asm_elementwise('rcp.approx.ftz.f32 $0, $1;', '=r,r', [1 + tl.exp2({0})],"
         " dtype=tl.float32, is_pure=True, pack=1)",
@@ -587,7 +587,6 @@ def head_and_block(w, num_heads, num_blocks):
 
 def _dkdv_kernel(
     q: torch.Tensor, do: torch.Tensor, aug: torch.Tensor,  # [B, H, M, head_dim]; aug: 16 columns
-    lse: torch.Tensor,  # [B, H, M]; read if capped
     k: torch.Tensor, v: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor,  # [B, Hk, N, head_dim]
     ds: torch.Tensor,  # ds^T, [B, H, N, M], N and M padded to multiples of 128
     visible: torch.Tensor,  # [B, 2, M], int32
@@ -609,9 +608,9 @@ def _dkdv_kernel(
     B, H, M, _ = q.size()
     Hk, N = k.size(1), k.size(2)
     BLOCK_D = hl.specialize(k.size(3))
-    k_strides, v_strides, lse_strides = k.stride(), v.stride(), lse.stride()
+    k_strides, v_strides = k.stride(), v.stride()
     visible_strides, ranges_strides = visible.stride(), ranges.stride()
-    group, log2e = H // Hk, 1.4426950408889634
+    group = H // Hk
     num_n_blocks = (N + block_n - 1) // block_n
     num_m_blocks = (M + 127) // 128 * (128 // block_m)
     for w in hl.grid(B * Hk * num_n_blocks):
@@ -661,14 +660,11 @@ def _dkdv_kernel(
                     s = hl.inline_triton(add_dot, args=(lse_ones, aug_tile, s), output_like=s)
                 dp = hl.dot(v_tile, do_tile.T, out_dtype=torch.float32)
                 dp = hl.inline_triton(add_dot, args=(delta_ones, aug_tile, dp), output_like=dp)
-                if capped:  # lse is not a term of what tanh takes
+                if capped:  # aug has -lse / softcap, a term of the tanh
                     s = tanh(s * cap_scale)
-                    lse_tile = load_row_vector(lse, lse_strides, b, h, rows) * log2e
-                    lse_tile = torch.where(rows < M, lse_tile, float("inf"))  # p = 0 beyond M
                     dp = dp * (1 - s * s)
-                    p = exp2(s * qk_scale - lse_tile[None, :])
-                else:
-                    p = exp2(s * qk_scale)  # a query beyond M has p = 1, but do = 0 and dp = 0
+                    s = hl.inline_triton(add_dot, args=(lse_ones, aug_tile, s), output_like=s)
+                p = exp2(s * qk_scale)  # a query beyond M has p = 1, but do = 0 and dp = 0
                 if by_row:
                     first_key, last_key = load_interval(visible, visible_strides, b, rows, N)
                     p = torch.where(keys[:, None] >= first_key[None, :], p, 0.0)
@@ -787,6 +783,7 @@ def _hopper_dq_kernel(
             dp = hl.dot(do_tile, v[b, hk, n + hl.arange(block_n), :].T, out_dtype=torch.float32)
             if capped:
                 s = tanh(s * cap_scale)
+                dp = (dp - delta_tile[:, None]) * (1 - s * s)
             x = s * qk_scale - lse_tile[:, None]
             if masked:
                 sees = hl.arange(block_n)[None, :] <= (last_key - n)[:, None]
@@ -794,9 +791,7 @@ def _hopper_dq_kernel(
                     sees = sees & (hl.arange(block_n)[None, :] >= (first_key - n)[:, None])
                 x = torch.where(sees, x, float("-inf"))
             acc = hl.dot(ds_tile, k_before, acc=acc)
-            ds = exp2(x) * (dp - delta_tile[:, None])
-            if capped:
-                ds = ds * (1 - s * s)
+            ds = exp2(x) * (dp if capped else dp - delta_tile[:, None])
         keys = n_end - block_n + hl.arange(block_n)
         ds = torch.where(keys[None, :] <= last_key[:, None], ds, 0.0)
         acc = hl.dot(ds.to(k.dtype), k[b, hk, keys, :], acc=acc)
@@ -1082,11 +1077,8 @@ def _bounds(mask, M, N):
     return low if low > 1 - M else -M, diagonal if diagonal < N - 1 else N
 
 
-def _scales(scale, softcap):
-    """qk_scale and cap_scale of the kernels."""
-    if softcap:
-        return softcap * LOG2E, 2 * LOG2E * scale / softcap
-    return scale * LOG2E, 0.0  # not read
+def _cap_scale(scale, softcap):
+    return 2 * LOG2E * scale / softcap if softcap else 0.0  # not read
 
 
 def _query_ranges(visible, N):
@@ -1137,7 +1129,8 @@ def _forward(q, k, v, visible, mask, scale, softcap, config, exact_lse):
     by_row = visible is not None
     windowed = by_row or low > -M
     is_dense = diagonal == N and not windowed
-    numbers, block_d = (*_scales(scale, softcap), D, low, diagonal), configs.padded(D)
+    numbers = (softcap or scale) * LOG2E, _cap_scale(scale, softcap), D, low, diagonal
+    block_d = configs.padded(D)
     capability, num_programs = _gpu(q.device)  # one program per SM
     tuning = config or configs.best(capability, D, q.dtype, B * H, M, N)
     plain_kernel, plain_tuning = forward_kernel, configs.hopper_general(D)
@@ -1218,8 +1211,8 @@ def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, softcap, needs_
     group, padded_m, padded_n = H // Hk, (M + 127) // 128 * 128, (N + 127) // 128 * 128
     scale = D**-0.5 if scale is None else float(scale)
     # 1 / divisor must be finite. Below 2^-60 scores round to 0: p stays the same.
-    divisor = scale if abs(scale) > 2.0**-60 else 2.0**-60
-    scales, capped = (scale, *_scales(divisor, softcap)), bool(softcap)
+    divisor = softcap or (scale if abs(scale) > 2.0**-60 else 2.0**-60)
+    scales, capped = (scale, divisor * LOG2E, _cap_scale(scale, softcap)), bool(softcap)
     low, diagonal = _bounds(mask, M, N)
     by_row = visible is not None
     windowed = by_row or low > -M
@@ -1269,14 +1262,13 @@ def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, softcap, needs_
         range(0, B, batches), range(0, Hk, heads), range(0, M, rows)
     ):
         numbers = D, low + m, diagonal if diagonal == N else diagonal + m
-        q_, do_, aug_, lse_, dq_, k_, v_, dk_, dv_ = q, do, aug, lse, dq, k, v, dk, dv
+        q_, do_, aug_, dq_, k_, v_, dk_, dv_ = q, do, aug, dq, k, v, dk, dv
         visible_, of_queries_, of_keys_ = visible if by_row else lse, query_ranges, key_ranges
         if not is_whole:
             part = slice(b, b + batches), slice(h, h + heads)
             k_, v_, dk_, dv_ = (x[part] for x in (k, v, dk, dv))
             part = part[0], slice(h * group, (h + heads) * group), slice(m, m + rows)
-            q_, do_, aug_, lse_, dq_ = (
-                x if x is None else x[part] for x in (q, do, aug, lse, dq))
+            q_, do_, aug_, dq_ = (x if x is None else x[part] for x in (q, do, aug, dq))
             if by_row:
                 visible_ = visible[part[0], :, part[2]]
                 of_queries_ = query_ranges[part[0], :, m // 128 : (m + rows) // 128]
@@ -1284,7 +1276,7 @@ def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, softcap, needs_
         if is_summed:
             dk_sum, dv_sum, dk_, dv_ = dk_, dv_, torch.empty_like(dk_), torch.empty_like(dv_)
         masked = windowed or diagonal < N
-        tensors = q_, do_, aug_, lse_, k_, v_, dk_, dv_, ds, visible_, of_keys_
+        tensors = q_, do_, aug_, k_, v_, dk_, dv_, ds, visible_, of_keys_
         for tuning, *mode in modes:
             constants = tuning.block_m, tuning.block_n, windowed, by_row, capped, masked, *mode, tma
             launch(of_keys, tuning, tensors, (*scales, *numbers), constants,
@@ -1472,9 +1464,9 @@ def _check(q, k, v, is_causal, window, visible, sinks, scale, softcap, enable_gq
     for name, x in (("scale", scale), ("softcap", softcap)):
         if not isinstance(x, (float, int, type(None))):
             raise TypeError(f"{name} must be a float or None, got {type(x).__name__}")
-    if softcap and not 1e-4 <= softcap <= 1e4:
+    if softcap and not 1e-4 <= softcap <= 1e4:  # larger: an error larger than bfloat16's
         raise ValueError(f"softcap must be from 1e-4 to 1e4, or 0 or None, got {softcap}")
-    largest = min(2e38, 1e38 * softcap) if softcap else 2e38  # _scales have to be float32
+    largest = min(2e38, 1e38 * softcap) if softcap else 2e38  # qk_scale, cap_scale: float32
     if scale is not None and not abs(scale) < largest:
         raise ValueError(f"scale must be finite and below {largest:.0e}, got {scale}")
     if config is not None:
@@ -1539,8 +1531,8 @@ def flash_attention(
     sinks: [H], floats: one more score in each row's softmax, without a value (gpt-oss). lse has it.
     scale: a float below 2e38; 1 / sqrt(D) if None. Scores, q k^T * scale, have to stay below 2e38,
         too (float16 on Hopper: below 1e8).
-    softcap: from 1e-4 to 1e4: a score s becomes softcap * tanh(s / softcap) before the mask, with
-        an error of 2e-7 * softcap (Gemma 2). None or 0: no cap. (Not yet run on a GPU.)
+    softcap: from 1e-4 to 1e4: a score s becomes softcap * tanh(s / softcap), as in Gemma 2, with an
+        error of 4e-7 * softcap. None or 0: no cap. (Not yet run on a GPU.)
     enable_gqa: Hk may divide H: each H / Hk consecutive heads of q share a head of k and v.
     config: None takes the best that configs.py knows for this GPU. A Tuning of a forward kernel
         takes that kernel, or forward_kernel for what that kernel cannot take. A helion.Config is
@@ -1556,10 +1548,10 @@ def flash_attention(
     do not start at multiples of 16 bytes, expanded batches, and a q whose head dim is padded and
     whose heads interleave in memory.
     The first call of a kind compiles for seconds. Kinds differ in dtype, padded head dim, mask,
-    alignment, config, return_lse, and the gradients that are needed. So do tensors of 2^31
-    elements. On Hopper these lengths are kinds of their own: N <= 128; bf16 up to D = 64, M < 1024
-    or B * H * M < 2^17; dense float16 up to D = 128, N % 128 > 0; dense D > 128, N % 64 > 0;
-    LOWER_RIGHT, (N - M) % 128 > 0. A CUDA graph cannot capture a first call.
+    softcap or none, alignment, config, return_lse, and the gradients that are needed. So do tensors
+    of 2^31 elements. On Hopper these lengths are kinds of their own: N <= 128; bf16 up to D = 64,
+    M < 1024 or B * H * M < 2^17; dense float16 up to D = 128, N % 128 > 0; dense D > 128,
+    N % 64 > 0; LOWER_RIGHT, (N - M) % 128 > 0. A CUDA graph cannot capture a first call.
     Under torch.compile, torch.export and dispatch modes (make_fx, FlopCounterMode, selective
     checkpointing), and for subclasses of Tensor, it is one operator, and config has to be None.
     Under autocast q, k and v are cast as SDPA's are.
