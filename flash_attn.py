@@ -1705,15 +1705,17 @@ def padded(mask, M=None, *, is_causal=False, window=None):
     """`visible` for a padding mask [B, N] of 0 and 1, whose ones are contiguous: a hole counts as
     ones.
 
-    M: number of queries, the last M of the N positions; N if None. is_causal: lower right. window:
-    (left, right), as flash_attention's. Nothing is copied to the host.
+    M: number of queries. N or None: one at each key. Others are the last ones up to the last 1 in
+    mask: keys after it are the empty room of a static cache. is_causal: lower right. window: (left,
+    right), as flash_attention's. Nothing is copied to the host.
     """
-    if mask.dim() != 2 or not 0 < (mask.size(1) if M is None else M) <= mask.size(1):
-        raise ValueError(f"mask must be [B, N] and M at most N, got {tuple(mask.shape)} and {M}")
-    key = torch.arange(mask.size(1), dtype=torch.int32, device=mask.device)
+    if mask.dim() != 2 or mask.size(1) == 0 or M == 0:
+        raise ValueError(f"mask must be [B, N] and M at least 1, got {tuple(mask.shape)} and {M}")
+    row = key = torch.arange(mask.size(1), dtype=torch.int32, device=mask.device)
     first = key.where(mask != 0, 2**30).amin(1, keepdim=True)
     end = (key + 1).where(mask != 0, 0).amax(1, keepdim=True)
-    row = key if M is None else key[key.numel() - M :]
+    if M not in (None, mask.size(1)):
+        row = torch.arange(M, dtype=torch.int32, device=mask.device) + (end.amax() - M)
     return _interval(first.expand(-1, row.numel()), end, row, is_causal, window)
 
 
