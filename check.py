@@ -988,12 +988,13 @@ def intervals():
                 right_[i, j] = inside(j - k1 - (i - q1))
         assert torch.equal(found.cpu(), right_), ("packed", options)
         mask = torch.tensor([[0, 0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0, 0], [0] * 7], device=DEVICE)
-        for M, end in ((7, 7), (4, 6), (9, 6)):  # no row of mask has its last key
-            found = sees(M, 7, Rows(*flash_attn.padded(mask, M, **options)))
+        for asked_, M, end in ((7, 7, 7), (4, 4, 6), (9, 9, 6), (None, 7, 7)):  # no row has key 6
+            found = sees(M, 7, Rows(*flash_attn.padded(mask, asked_, **options)))
             right_ = torch.zeros(3, M, 7, dtype=torch.bool)
             for b, i, j in itertools.product(range(3), range(M), range(7)):
                 right_[b, i, j] = mask[b, j] > 0 and inside(j - end - (i - M))
-            assert torch.equal(found[:, 0].cpu(), right_), ("padded", M, options)
+                right_[b, i, j] &= asked_ is not None or bool(mask[b, i])
+            assert torch.equal(found[:, 0].cpu(), right_), ("padded", asked_, options)
     for window in ((2**31, 0), (2**70, 2**31 - 1)):
         first, last = flash_attn.packed(*tensors, 22, window=window)
         found = flash_attn.padded(mask, window=window)[0].amin()

@@ -1705,9 +1705,10 @@ def padded(mask, M=None, *, is_causal=False, window=None):
     """`visible` for a padding mask [B, N] of 0 and 1, whose ones are contiguous: a hole counts as
     ones.
 
-    M: number of queries. N or None: one at each key. Others are the last ones up to the last 1 in
-    mask: keys after it are the empty room of a static cache. is_causal: lower right. window: (left,
-    right), as flash_attention's. Nothing is copied to the host.
+    M: number of queries. N: one at each key. None: the same, but a row of padding sees nothing: its
+    out is 0, and it takes no time. Other numbers: the last queries up to the last 1 in mask; keys
+    after it are the empty room of a static cache. is_causal: lower right. window: (left, right), as
+    flash_attention's. Nothing is copied to the host.
     """
     if mask.dim() != 2 or mask.size(1) == 0 or M == 0:
         raise ValueError(f"mask must be [B, N] and M at least 1, got {tuple(mask.shape)} and {M}")
@@ -1716,7 +1717,10 @@ def padded(mask, M=None, *, is_causal=False, window=None):
     end = (key + 1).where(mask != 0, 0).amax(1, keepdim=True)
     if M not in (None, mask.size(1)):
         row = torch.arange(M, dtype=torch.int32, device=mask.device) + (end.amax() - M)
-    return _interval(first.expand(-1, row.numel()), end, row, is_causal, window)
+    first = first.expand(-1, row.numel())
+    if M is None:
+        first = first.where((row >= first) & (row < end), 2**30)
+    return _interval(first, end, row, is_causal, window)
 
 
 def _limits(window):
