@@ -870,9 +870,10 @@ def bad_input():
             (ValueError, "visible", qkv, dict(visible=rows, is_causal=True)),
             (ValueError, "config", qkv, dict(of(configs.BLACKWELL_CUTE), sinks=q[0, 0, :2, 0])),
             (TypeError, "config", qkv, of("tile128")),
-            (ValueError, "q", (q[0], k, v), {}), (ValueError, "q", of_dim(44), {}),
+            (ValueError, "q", (q[0], k, v), {}), (ValueError, "q", (q[..., :0], k, v), {}),
             (ValueError, "[kv]", (q, k[:1], v), {}), (ValueError, "v", (q, k, v[:, :1]), {}),
             (ValueError, "[kv]", (q, k[..., :32], v), {}),
+            (ValueError, "q", (q, k, v.repeat(1, 1, 1, 5)), {}),
             (ValueError, "v", (q, k, v[:, :, :8]), {}),
             (ValueError, "[kv]", (q, k.to("meta"), v), {}),
             (ValueError, "k", (q, k[:, :1], v[:, :1]), {}),
@@ -1054,6 +1055,28 @@ def sinks(config):
         size = ref.abs().max().item()
         torch.testing.assert_close(found.double(), ref, atol=0.02 * size, rtol=0)
     return "as defined"
+
+
+def head_dims():
+    """Head dims that are no multiple of 8, and another one of v: padded, with their gradients."""
+    for dim, dim_v, keys in ((20, 20, 90), (1, 3, 90), (24, 16, 300), (40, 64, 90)):
+        q, k, v = make((1, 4, 70 if keys < 300 else 3, dim), keys=keys, heads=2)
+        v = make((1, 2, keys, dim_v), seed=3)[2]
+        _, lse = flash_attention(q, k, v, enable_gqa=True, is_causal=LOWER_RIGHT, return_lse=True)
+        qkv, do = [x.requires_grad_() for x in (q, k, v)], torch.randn_like(q[..., :1])
+        results = []
+        for attend in (definition, flash_attention, sdpa):
+            options = {} if attend is not flash_attention else dict(enable_gqa=True)
+            leaves = [x.double() if attend is definition else x for x in qkv]
+            out = attend(*leaves, is_causal=LOWER_RIGHT, **options)
+            out = out[0] if isinstance(out, tuple) else out
+            results.append([out, *torch.autograd.grad((out * do).sum(), qkv)])
+        for ref, found, other in zip(*results):
+            unit, error = ref.abs().max().item(), (found - ref).abs().max().item()
+            bound = tolerance(ref, other, 3, unit)
+            assert found.shape == ref.shape and error <= bound, (dim, dim_v, error, bound)
+        assert torch.allclose(lse.double(), definition(*(x.double() for x in qkv), LOWER_RIGHT)[1])
+    return f"error {error:.1e} <= bound {bound:.1e}"
 
 
 def few_queries():
@@ -2149,6 +2172,7 @@ def cases(draws):
         yield ("windows", name), sinks, (name,)
     yield "windows", intervals, ()
     yield "windows", few_queries, ()
+    yield "windows", head_dims, ()
     for function in (bad_input, clear_errors, unknown_triton, recipe_values, recipe_masks,
                      recipe_compiles):  # fmt: skip
         yield "transformers", function, ()

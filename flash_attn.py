@@ -1461,6 +1461,8 @@ def _sdpa_forward(q, k, v, dropout_p=0.0, is_causal=False, return_debug_mask=Fal
         raise RuntimeError("flash_attn.py has no dropout: call "
                            "torch.nn.attention.restore_flash_attention_impl()")  # fmt: skip
     _check(q, k, v, is_causal, None, None, None, scale, None, True, None)
+    if q.size(3) % 8 or v.size(3) != q.size(3):  # torch pads before it calls this
+        raise ValueError("q, k and v must have one head dim, a multiple of 8")
     # is_causal of SDPA's flash backend is lower right: torch.nn.attention.bias relies on that.
     out, lse = _forward(q, k, v, None, (2 * is_causal, -1, -1), scale, None, None, True)
     seed, offset = (torch.zeros(n, dtype=torch.uint64, device=q.device) for n in ((2,), ()))
@@ -1512,11 +1514,12 @@ def _check(q, k, v, is_causal, window, visible, sinks, scale, softcap, enable_gq
         raise ValueError("q, k and v must be on one device, got "
                          f"{q.device}, {k.device}, {v.device}")  # fmt: skip
     (B, H, M, D), Hk = q.shape, k.shape[1]
-    if D % 8 or not 8 <= D <= 256:
-        raise ValueError(f"q's head dim (size(3)) must be a multiple of 8 up to 256, got {D}")
-    if k.shape[0] != B or k.shape[3] != D or v.shape != k.shape:
-        raise ValueError(f"k and v must be [{B}, Hk, N, {D}], as q is {tuple(q.shape)}, "
-                         f"got {tuple(k.shape)}, {tuple(v.shape)}")  # fmt: skip
+    if not (1 <= D <= 256 and 1 <= v.size(3) <= 256):
+        raise ValueError("q's and v's head dims (size(3)) must be from 1 to 256, got "
+                         f"{D} and {v.size(3)}")  # fmt: skip
+    if k.shape[0] != B or k.shape[3] != D or v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"k and v must be [{B}, Hk, N, ...] and k's head dim {D}, as q is "
+                         f"{tuple(q.shape)}, got {tuple(k.shape)}, {tuple(v.shape)}")  # fmt: skip
     if not (H == Hk or enable_gqa and Hk > 0 and H % Hk == 0):
         divides = "divide" if enable_gqa else "(without enable_gqa) be"
         raise ValueError(f"k's number of heads (size(1)) must {divides} q's {H}, got {Hk}")
@@ -1596,9 +1599,10 @@ def flash_attention(
 ):
     """softmax(q k^T * scale) v and its gradient, called as torch's scaled_dot_product_attention.
 
-    q: [B, H, M, D]; k, v: [B, Hk, N, D]. One dtype: bfloat16, float16 or float32. D: a multiple of
-        8 up to 256. Any lengths, any strides. float32 products keep float32's precision (tf32x3).
-        Sums are float32: N * max|v| has to stay below 3.4e38.
+    q: [B, H, M, D]; k: [B, Hk, N, D]; v: [B, Hk, N, Dv]. One dtype: bfloat16, float16 or float32.
+        D, Dv: up to 256. If they differ, or are no multiple of 8, all three are copied and padded
+        with zeros to the larger one. Any lengths, any strides. float32 products keep float32's
+        precision (tf32x3). Sums are float32: N * max|v| has to stay below 3.4e38.
     is_causal: True: row i sees keys up to i (CausalVariant.UPPER_LEFT of torch.nn.attention.bias).
         CausalVariant.LOWER_RIGHT: up to i + N - M, so that the last row sees all keys. A row that
         sees no key is 0. NaN or inf in v may reach rows that do not see it, as in SDPA's math
@@ -1620,7 +1624,7 @@ def flash_attention(
         takes that kernel, or forward_kernel for what that kernel cannot take. A helion.Config is
         the report's: dense, compiled for each shape, no gradient.
 
-    Returns out: [B, H, M, D], in q's dtype and layout. With return_lse (out, lse), lse: [B, H, M],
+    Returns out: [B, H, M, Dv], in q's dtype and layout. With return_lse (out, lse), lse: [B, H, M],
     float32, the natural logarithm of each row's sum of exp(q k^T * scale); -inf for a row that sees
     no key. out is the same, bit for bit.
     Differentiable once, with respect to q, k, v and sinks, through out and lse; the same bits at
@@ -1646,6 +1650,15 @@ def flash_attention(
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) if getattr(x, "dtype", None) in DTYPES else x for x in (q, k, v))
     _check(q, k, v, is_causal, window, visible, sinks, scale, softcap, enable_gqa, config)
+    D, Dv = q.size(3), v.size(3)
+    if D % 8 or Dv != D:  # zeros in q and k add nothing to the scores
+        padded_d = (max(D, Dv) + 7) // 8 * 8
+        q, k, v = (torch.nn.functional.pad(x, (0, padded_d - x.size(3))) for x in (q, k, v))
+        out, lse = flash_attention(
+            q, k, v, is_causal=is_causal, window=window, visible=visible, sinks=sinks,
+            scale=D**-0.5 if scale is None else scale, softcap=softcap, enable_gqa=enable_gqa,
+            return_lse=True, config=config)  # fmt: skip
+        return (out[..., :Dv], lse) if return_lse else out[..., :Dv]
     if visible is not None:
         first, last = (x.expand(q.size(0), -1).clamp(-1, k.size(2)) for x in visible)
         visible = torch.stack((first.clamp(min=0), last.clamp(max=k.size(2) - 1)), 1)
