@@ -4,6 +4,7 @@
   python bench.py --config default         what flash_attention runs; also --causal, --kv-heads 8
   python bench.py --shape 1,16,2048,64     your shape [B, H, S, D]
   python bench.py --backward               the gradient, and a training step
+  python bench.py --decode                 one to four queries and a cache of keys
   python bench.py --sweep --json run.json  lengths from 512 to 16,384
 
 A result is compared with SDPA's before its time is believed. A time is the median of
@@ -34,6 +35,8 @@ ROUNDS, WARMUP_MS, REP_MS, BOTH = 5, 50, 50, (False, True)
 HOST_CALLS, REPLANNED_CALLS = 100, 5  # few of PyTorch: at each new length cuDNN plans for 37 ms
 # The sweep is FlashAttention's own: batches of 16,384 tokens, all heads together 2,048 wide.
 LENGTHS, TOKENS, WIDTH = (512, 1024, 2048, 4096, 8192, 16384), 16384, 2048
+DECODE = ((1, 1, 1024), (1, 1, 8192), (1, 1, 65536), (8, 1, 4096), (64, 1, 2048), (32, 1, 8192),
+          (1, 4, 8192))  # batch, queries, keys; 32 heads, 8 of keys, head dim 128
 REPORT = ("Helion", "PyTorch")  # PyTorch: SDPA with the backend that it chooses by itself
 LIBRARIES = (("FA2", "flash_attn"), ("FA3", "flash_attn_interface"), ("FA3", "fa3_fwd_interface"),
              ("FA4", "flash_attn.cute"))  # fmt: skip
@@ -47,8 +50,6 @@ def inputs(shape, args, decode=False):
     """q, k, v and the keywords that SDPA and flash_attention share. decode: one query."""
     B, H, S, D = shape
     qkv = check.make((B, H, 1 if decode else S, D), args.dtype, S, args.kv_heads)
-    if args.layout == "bshd":
-        qkv = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv]
     options = {"is_causal": args.causal and not decode, "enable_gqa": (args.kv_heads or H) != H}
     return [x.requires_grad_(args.backward) for x in qkv], options
 
@@ -114,17 +115,16 @@ def take_turns(calls):
     return rounds
 
 
-def measure(functions, shape, args):
+def measure(functions, qkv, options, backward):
     """{name: ms of each round} of the functions that run and agree with SDPA.
 
     Each is replayed as a CUDA graph, without the host's time. Autograd runs a backward on the
     stream of its forward, so the forward runs on the stream that is captured.
     """
-    qkv, options = inputs(shape, args)
     do = torch.randn_like(qkv[0])
 
     def prepare(function):
-        if not args.backward:
+        if not backward:
             return lambda: [function(*qkv, **options)]
         leaves = [x.detach().requires_grad_() for x in qkv]  # new ones: autograd notes their stream
         out = function(*leaves, **options)
@@ -162,7 +162,7 @@ def run_row(name, shape, args):
     functions |= competitors()
     if not args.backward:  # whose bits are the same anyway
         functions.pop("FA4 deterministic", None)
-    rounds = measure(functions, shape, args)
+    rounds = measure(functions, *inputs(shape, args), args.backward)
     ms = {name: statistics.median(times) for name, times in rounds.items()}
     flops = check.flops(shape) * (2.5 if args.backward else 1) / (2 if args.causal else 1)
     tflops = {name: flops / x / 1e9 for name, x in ms.items()}
@@ -218,10 +218,27 @@ def autotune(shape, args):
         tuning = configs.Tuning("forward", m, n, config)
         functions[tuning] = functools.partial(flash_attention, config=tuning)
     say(f"{len(functions)} candidates, some 10 seconds each")
-    ms = {x: statistics.median(times) for x, times in measure(functions, shape, args).items()}
+    ms = {x: statistics.median(times) for x, times in
+          measure(functions, *inputs(shape, args), False).items()}  # fmt: skip
     best = min((x for x in ms if x not in REPORT), key=ms.get)
     print(f"TUNED = {best!r}\n# {ms[best]:.4f} ms at {[*shape]} on {torch.cuda.get_device_name()}")
     print(f"# today's config: {ms['Helion']:.4f} ms, PyTorch: {ms['PyTorch']:.4f} ms")
+
+
+def decode(args):
+    """Print kernel times of few queries, GB/s of k and v, and the others' time over Helion's."""
+    rows = []
+    for B, M, N in DECODE:
+        say(f"decode: {[B, 32, M, N]}, {len(rows) + 1} of {len(DECODE)}")
+        qkv = check.make((B, 32, M, 128), args.dtype, N, 8)
+        functions = {"Helion": flash_attention} | competitors()
+        rounds = measure(functions, qkv, {"enable_gqa": True, "is_causal": False}, False)
+        us = {name: 1e3 * statistics.median(times) for name, times in rounds.items()}
+        row = {"[B, H, M, N]": [B, 32, M, N], "Helion (us)": f"{us['Helion']:.1f}",
+               "GB/s": f"{2e-3 * qkv[1].nbytes / us['Helion']:.0f}"}  # fmt: skip
+        rows.append(row | {f"{name} (us), speedup": f"{us[name]:.1f}, {speedup(rounds, name)}"
+                           for name in us if name != "Helion"})  # fmt: skip
+    print_table(rows)
 
 
 # ---- Tables --------------------------------------------------------------------------------------
@@ -309,7 +326,7 @@ def arguments():
     add("--shape", type=bhsd, action="append", metavar="B,H,S,D", help="may be repeated")
     add("--dtype", choices=[*check.DTYPES], default="bfloat16")
     add("--kv-heads", type=int, metavar="N", help="heads of k and v; default: H")
-    add("--layout", choices=("bhsd", "bshd"), default="bhsd", help="of q, k, v in memory")
+    switch("--decode", help="time one to four queries and a cache of keys")
     switch("--causal")
     switch("--backward", help="dq, dk and dv, and a training step")
     switch("--all", help="show every competitor, not only the best")
@@ -320,7 +337,7 @@ def arguments():
     add("--autotune", type=bhsd, metavar="B,H,S,D", help="print a config for this GPU and shape")
     args = parser.parse_args()
     args.sweep |= args.plot is not None
-    timed = args.backward or args.sweep or args.autotune
+    timed = args.backward or args.sweep or args.autotune or args.decode
     special = timed or args.causal or args.kv_heads is not None
     names = [args.config] if args.config else ["default"] if special else [*configs.CONFIGS]
     D = args.head_dim
@@ -335,7 +352,7 @@ def arguments():
     mistakes = {
         "the report's configs: dense, forward, no GQA": special and names[0] in configs.CONFIGS,
         "--autotune tunes the forward": args.autotune and args.backward,
-        "--backward, --sweep, --plot and --autotune need a GPU": timed and not check.GPU,
+        "--backward, --sweep, --plot, --decode and --autotune need a GPU": timed and not check.GPU,
         "--plot needs matplotlib": args.plot and "matplotlib" not in INSTALLED,
         f"{odd[:1]}: sizes are positive, --kv-heads divides H, and D is in {dims}": odd,
         f"there is no folder {' or '.join(folders)}": not all(map(os.path.isdir, folders)),
@@ -357,6 +374,8 @@ def main():
           "TFLOPS: 2 products forward, 5 backward, half of them if causal." if check.GPU
           else "**There is no GPU here: nothing below is timed on this machine.**")  # fmt: skip
     print("\n" + record["about"])
+    if args.decode:
+        return decode(args)
     cases = itertools.product(BOTH, BOTH) if args.plot else [(args.backward, args.causal)]
     try:
         for (args.backward, args.causal), name in itertools.product(cases, args.tables):

@@ -712,8 +712,9 @@ def _dkdv_kernel(
                 # A query beyond M has p = 1, but do = 0 and dp = 0.
                 p = exp2(s * qk_scale - lse_tile[None, :])
                 if by_row:
-                    p = torch.where(keys[:, None] >= first_key[None, :], p, 0.0)
-                    p = torch.where(keys[:, None] <= last_key[None, :], p, 0.0)
+                    sees = keys[:, None] >= first_key[None, :]
+                    sees = sees & (keys[:, None] <= last_key[None, :])
+                    p = torch.where(sees, p, 0.0)
                 elif masked:
                     # One addition an element: `row >= column` makes ptxas compute the column's
                     # index again for each row (3 to 10% of the time).
