@@ -7,6 +7,7 @@ Copy this file and configs.py side by side into your project: together they are 
 
 A map, from top to bottom:
     forward_kernel          the textbook loop: any GPU, any strides. Read this one first.
+    merge_kernel            joins results over parts of the keys, for few queries (`_decode`).
     hopper_forward_kernel   the same loop in the order that keeps an H100's tensor cores busy.
     delta, dkdv, dq         the gradient; hopper_dq_kernel for head dims 40 to 64 (padded: 64).
     report_kernel           the loop of the published report, and of Helion's Blackwell backend.
@@ -697,7 +698,8 @@ def _dkdv_kernel(
             ds_index = [b.to(rows.dtype), h.to(rows.dtype), keys[:, None], rows[None, :]]
             if write_ds or with_dv:
                 do_tile = load_tile(do, b, h, rows, d, head_dim, tma)
-                lse_tile = load_row(lse_log2, b, h, rows, tma)
+                if not capped:
+                    lse_tile = load_row(lse_log2, b, h, rows, tma)
                 delta_tile = load_row(minus_delta, b, h, rows, tma)
                 if by_row:
                     first_key = load_row(visible, b, 0, rows, tma)
@@ -709,6 +711,7 @@ def _dkdv_kernel(
                 if capped:
                     s = tanh(s * cap_scale)
                     dp = dp * (1 - s * s)
+                    lse_tile = load_row(lse_log2, b, h, rows, tma)  # earlier: 200 bytes spill
                 # A query beyond M has p = 1, but do = 0 and dp = 0.
                 p = exp2(s * qk_scale - lse_tile[None, :])
                 if by_row:
