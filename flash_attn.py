@@ -1613,8 +1613,7 @@ def flash_attention(
         backend.
     window: (left, right), as flash-attn's window_size: row i also sees no key before i + N - M -
         left and none after i + N - M + right; before i - left with is_causal=True. None or below 0:
-        no limit on this side. Causal, right counts as 0. No other tile is loaded. (window, visible:
-        tested in Triton's interpreter and compiled for sm_90; not yet run on a GPU.)
+        no limit on this side. Causal, right counts as 0. No other tile is loaded.
     visible: (first, last), int32, [B, M] or [M]: row i sees the keys from first[i] to last[i], none
         if first[i] > last[i]. Any intervals are right. Of 128 rows, the tiles between the lowest
         first and the highest last are loaded: fast where both grow with i. See `packed`, `padded`.
@@ -1641,7 +1640,8 @@ def flash_attention(
     softcap or none, alignment, config, return_lse, and the gradients that are needed. So do tensors
     of 2^31 elements. On Hopper these lengths are kinds of their own: N <= 128; bf16 up to D = 64,
     M < 1024 or B * H * M < 2^17; dense float16 up to D = 128, N % 128 > 0; dense D > 128,
-    N % 64 > 0; LOWER_RIGHT, (N - M) % 128 > 0. A CUDA graph cannot capture a first call.
+    N % 64 > 0; LOWER_RIGHT, (N - M) % 128 > 0. So are, on each GPU, few queries with more than 256
+    keys: H / Hk * M up to 16, 32 and 64. A CUDA graph cannot capture a first call.
     Under torch.compile, torch.export and dispatch modes (make_fx, FlopCounterMode, selective
     checkpointing), and for subclasses of Tensor, it is one operator, and config has to be None.
     Under autocast q, k and v are cast as SDPA's are.
