@@ -7,7 +7,7 @@ Copy this file and configs.py side by side into your project: together they are 
 
 A map, from top to bottom:
     forward_kernel          the textbook loop: any GPU, any strides. Read this one first.
-    merge_kernel            joins results over parts of the keys, for few queries (`_decode`).
+    merge_kernel            joins results over parts of the keys, for few queries (`split`).
     hopper_forward_kernel   the same loop in the order that keeps an H100's tensor cores busy.
     delta, dkdv, dq         the gradient; hopper_dq_kernel for head dims 40 to 64 (padded: 64).
     report_kernel           the loop of the published report, and of Helion's Blackwell backend.
@@ -201,12 +201,6 @@ def load_row_vector(x, strides, b, h, rows):
     return load_numbers(x, strides, b, h, rows, hl.zeros([rows.size(0)], dtype=x.dtype))
 
 
-def load_interval(visible, strides, b, rows):
-    """The first and the last key that each row of a tile sees."""
-    return (load_row_vector(visible, strides, b, 0, rows),
-            load_row_vector(visible, strides, b, 1, rows))  # fmt: skip
-
-
 def load_range(ranges, strides, b, block_index, block=1):
     """The two numbers of ranges[b, :, block_index], which say where a loop begins and ends, rounded
     to whole tiles of `block`."""
@@ -268,33 +262,27 @@ def keys_start(m, low, block_n, least=0):
 
 def _forward_kernel(
     q: torch.Tensor,  # [B, H, M, head_dim]
-    k: torch.Tensor,  # [B, Hk, N, head_dim]
-    v: torch.Tensor,  # [B, Hk, N, head_dim]
+    k: torch.Tensor, v: torch.Tensor,  # [B, Hk, N, head_dim]
     out: torch.Tensor,  # [B, H, M, head_dim]
     lse: torch.Tensor,  # [B, H, M], float32, natural logarithm
     visible: torch.Tensor,  # [B, 2, M], int32
     ranges: torch.Tensor,  # [B, 2, number of blocks of 128 queries], int32
     qk_scale: float,  # scale * log2(e); if capped softcap * log2(e)
     cap_scale: float,  # if capped 2 log2(e) * scale / softcap: the factor of what tanh takes
-    head_dim: int,
-    low: int,
-    diagonal: int,
+    head_dim: int, low: int, diagonal: int,
     num_queries: int,  # if split
     keys_per_part: int,  # if split: a multiple of block_n
-    block_m: hl.constexpr,
-    block_n: hl.constexpr,
-    windowed: hl.constexpr,
-    by_row: hl.constexpr,
+    block_m: hl.constexpr, block_n: hl.constexpr, windowed: hl.constexpr, by_row: hl.constexpr,
     capped: hl.constexpr,
     rows_per_program: hl.constexpr,  # block_m; FIXUP_ROWS for the fix-up
     split: hl.constexpr,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Flash attention as in the paper, on any GPU, for any strides.
 
     Fix-up (rows_per_program > block_m): a program reads the lse of its 512 rows, and computes them
     again only if hopper_forward_kernel left NaN in one of them.
-    split: `_decode` calls it. Row i is query i % num_queries of one of H / Hk heads. out and lse
-    have a batch of B for each part of the keys.
+    split (few queries): row i is query i % num_queries of one of the heads that share keys. out and
+    lse have B batches for each part of the keys; merge_kernel joins the parts.
     """
     B, H, M, BLOCK_D = q.size()
     Hk, N = k.size(1), k.size(2)
@@ -483,7 +471,8 @@ def _hopper_forward_kernel(
         first_key = torch.clamp(rows + low, min=0) if windowed else 0
         if by_row:
             valid_b = int32("{0} * {1}", b, is_valid)  # without work left b may be B
-            first_key, last_key = load_interval(visible, visible_strides, valid_b, rows)
+            first_key = load_row_vector(visible, visible_strides, valid_b, 0, rows)
+            last_key = load_row_vector(visible, visible_strides, valid_b, 1, rows)
             n_start, n_end = load_range(ranges, ranges_strides, valid_b, m_block, block_n)
         n_end = int32("{0} * {1}", n_end, is_valid)
 
@@ -815,7 +804,8 @@ def _hopper_dq_kernel(
         first_key = torch.clamp(rows + low, min=0) if windowed else 0
         n_start = keys_start(int32("{0} * {1}", m_block, block_m), low, block_n) if windowed else 0
         if by_row:
-            first_key, last_key = load_interval(visible, visible_strides, b, rows)
+            first_key = load_row_vector(visible, visible_strides, b, 0, rows)
+            last_key = load_row_vector(visible, visible_strides, b, 1, rows)
             n_start, n_end = load_range(ranges, ranges_strides, b, m_block, block_n)
         q_tile = load_resident(q, q_strides, b, h, m_block, w, head_dim, block_m, BLOCK_D)
         do_tile = load_resident(do, do_strides, b, h, m_block, 2 * w, head_dim, block_m, BLOCK_D)
@@ -957,11 +947,8 @@ WIDE = {x: _kernel(x.fn, index_dtype=torch.int64)
 
 
 def launch(kernel, tuning, tensors, numbers, constants, layout):
-    """Run a kernel: the first time for its key, compile it.
-
-    layout: the tensors' part of the key: dtype, padded head dim, device, whether strides and
-    addresses are multiples of 16 (`_facts`), and whether dk and dv are float32 sums.
-    """
+    """Run a kernel: the first time for its key, compile it. layout: the tensors' part of the key,
+    from dtype to float32 sums."""
     key = kernel, tuning, constants, layout
     run = LAUNCHES.get(key)
     if run is not None:
@@ -1154,35 +1141,6 @@ def _key_ranges(query_ranges, N):
     return torch.stack((query.where(meets, 2**30).amin(-1).minimum(end), end), 1)
 
 
-def _decode(q, k, v, out, lse, visible, mask, scale, softcap, tuning):
-    """out and lse for few queries: the heads that share keys are rows of one tile, which reads each
-    key once, and programs share the keys where there are fewer tiles than SMs."""
-    (B, H, M, D), (Hk, N) = q.shape, k.shape[1:3]
-    rows, num_tiles = H // Hk * M, B * Hk * _cdiv(H // Hk * M, tuning.block_m)
-    num_parts = max(1, min(configs.DECODE_WAVES * _gpu(q.device)[1] // num_tiles, _cdiv(N, 128)))
-    keys_per_part = _cdiv(N, 128 * num_parts) * 128
-    num_parts = _cdiv(N, keys_per_part)
-    q = q.reshape(B, Hk, rows, D)
-    parts = q.new_empty((num_parts * B, Hk, rows, D), dtype=torch.float32)
-    lse_parts = lse.new_empty((num_parts * B, Hk, rows))
-    low, diagonal = _bounds(mask, M, N)
-    by_row = visible is not None
-    windowed = by_row or low > -M
-    is_wide, _, aligned = zip(_facts(q), _facts(k), _facts(v))
-    layout = q.dtype, configs.padded(D), q.device, D % 16 == 0 and all(aligned), False
-    intervals = (visible, _query_ranges(visible, N)) if by_row else (lse, lse)  # not read
-    numbers = (*_scales(scale, softcap), D, low, diagonal, M, keys_per_part)
-    capped, block_m = bool(softcap), tuning.block_m
-    constants = block_m, tuning.block_n, windowed, by_row, capped, block_m, True
-    kernel = WIDE[forward_kernel] if any(is_wide) else forward_kernel
-    launch(kernel, tuning, (q, k, v, parts, lse_parts, *intervals), numbers, constants, layout)
-    parts, lse_parts = (
-        x.view(num_parts, B * H * M, -1).transpose(0, 1) for x in (parts, lse_parts))
-    launch(merge_kernel, configs.MERGE, (parts, lse_parts, out, lse), (D,),
-           (configs.MERGE.block_n,), layout)  # fmt: skip
-    return out, lse
-
-
 def _forward(q, k, v, visible, mask, scale, softcap, config, exact_lse):
     """out and lse. visible: [B, 2, M], int32, or None. mask: as `_bounds` takes it."""
     if q.is_cuda and q.device.index != torch.cuda.current_device():  # where Triton launches
@@ -1199,26 +1157,25 @@ def _forward(q, k, v, visible, mask, scale, softcap, config, exact_lse):
     if q.numel() == 0 or k.numel() == 0:
         return out.zero_(), lse.fill_(float("-inf"))
     scale = D**-0.5 if scale is None else scale
-    if config is not None and (
-        isinstance(config, helion.Config) or config.kernel == "blackwell"
-    ):  # fmt: skip
+    if isinstance(config, helion.Config) or config is not None and config.kernel == "blackwell":
         found = _run_report(q, k, v, config, scale, mask[0] > 0, exact_lse)
         if found is not None:
             return found
         config = None
+    # Few queries: the heads that share keys are rows of one tile, which reads each key once, and
+    # programs share the keys where there are fewer tiles than SMs (below).
     rows = H // k.size(1) * M
-    if config is None and rows <= 64 and N > 256 and q.numel() < 2**31:
-        tuning = configs.best_decode(D, q.dtype, rows)
-        return _decode(q, k, v, out, lse, visible, mask, scale, softcap, tuning)
+    split = config is None and rows <= 64 and N > 256 and q.numel() < 2**31
+    q = q.reshape(B, k.size(1), rows, D) if split else q
     low, diagonal = _bounds(mask, M, N)
     by_row = visible is not None
     windowed = by_row or low > -M
     is_dense = diagonal == N and not windowed
     numbers, block_d = (*_scales(scale, softcap), D, low, diagonal), configs.padded(D)
-    plain_numbers = *numbers, M, N
     capability, num_programs = _gpu(q.device)  # one program per SM
-    tuning = config or configs.best(capability, D, q.dtype, B * H, M, N)
-    plain_kernel, plain_tuning = forward_kernel, configs.hopper_general(D)
+    tuning = configs.best_decode(D, q.dtype, rows) if split else config or configs.best(
+        capability, D, q.dtype, B * H, M, N)  # fmt: skip
+    plain_tuning = configs.hopper_general(D)
     if tuning.kernel == "hopper_forward" and (
         B * H * _cdiv(M, 128) >= 2**19  # fast_div is exact below 2^20
         or max(*q.stride(), *out.stride()) >= 2**31 or M * out.stride(2) >= 2**31  # int32 offsets
@@ -1235,15 +1192,27 @@ def _forward(q, k, v, visible, mask, scale, softcap, config, exact_lse):
             k, v = k[:, 0].unsqueeze(1), v[:, 0].unsqueeze(1)
         q, k, v = _for_tma(q, D < block_d), _for_tma(k), _for_tma(v)
         is_wide, for_tma, aligned = zip(_facts(q), _facts(k), _facts(v))
-    if any(is_wide) or out.numel() >= 2**31:
-        plain_kernel = WIDE[forward_kernel]
+    plain_kernel = WIDE[forward_kernel] if any(is_wide) or out.numel() >= 2**31 else forward_kernel
     layout = q.dtype, block_d, q.device, D % 16 == 0 and all(aligned), False  # no float32 sums
     block_m, block_n = tuning.block_m, tuning.block_n
     intervals = (visible, _query_ranges(visible, N)) if by_row else (lse, lse)  # not read
     tensors, capped = (q, k, v, out, lse, *intervals), bool(softcap)
+    parts, keys_per_part = 1, N
+    if split:
+        tiles = B * q.size(1) * _cdiv(rows, block_m)
+        parts = max(1, min(configs.DECODE_WAVES * num_programs // tiles, _cdiv(N, 128)))
+        keys_per_part = _cdiv(N, 128 * parts) * 128
+        parts = _cdiv(N, keys_per_part)
+        out_parts = q.new_empty((parts * B, *q.shape[1:]), dtype=torch.float32)
+        tensors = q, k, v, out_parts, lse.new_empty(out_parts.shape[:3]), *intervals
+    plain_numbers = *numbers, M, keys_per_part
     if tuning.kernel != "hopper_forward":
-        constants = block_m, block_n, windowed, by_row, capped, block_m, False
+        constants = block_m, block_n, windowed, by_row, capped, block_m, split
         launch(plain_kernel, tuning, tensors, plain_numbers, constants, layout)
+        if split:
+            of_parts = (x.view(parts, B * H * M, -1).transpose(0, 1) for x in tensors[3:5])
+            launch(merge_kernel, configs.MERGE, (*of_parts, out, lse), (D,),
+                   (configs.MERGE.block_n,), layout)  # fmt: skip
         return out, lse
     running_max = q.dtype == torch.float16
     # The mask waits until after the loop if only the last tile has hidden keys: dense, or square
@@ -1291,7 +1260,7 @@ def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, softcap, needs_
     if do.stride(3) != 1:  # the gradient of a sum is one number, expanded
         do = do.contiguous()
     (B, H, M, D), (Hk, N) = q.shape, k.shape[1:3]
-    dq = _out_like(q) if needs_q else None
+    dq = _out_like(q) if needs_q else q  # q, k and v: not written
     dk, dv = (_out_like(k), _out_like(v)) if needs_kv else (k, v)
     group, padded_m, padded_n = H // Hk, (M + 127) // 128 * 128, (N + 127) // 128 * 128
     scale = D**-0.5 if scale is None else float(scale)
@@ -1321,12 +1290,11 @@ def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, softcap, needs_
     if (tma := of_dkdv.kernel == "hopper_dkdv") and not all(for_tma[:4]):
         q, k, v, do = map(_for_tma, (q, k, v, do))
         aligned = [_facts(x)[2] for x in (q, k, v, do, out)]
-    write_ds = keep_ds and needs_q or needs_kv and of_dk is not None
-    modes = []  # of dkdv_kernel: (Tuning, write_ds, with_dk, with_dv)
-    if write_ds or needs_kv:
-        modes.append((of_dkdv, write_ds, needs_kv and of_dk is None, needs_kv))
-    if needs_kv and of_dk is not None:
-        modes.append((of_dk, False, True, False))
+    dk_apart = needs_kv and of_dk is not None
+    write_ds = keep_ds and needs_q or dk_apart
+    # Launches of dkdv_kernel: (Tuning, write_ds, with_dk, with_dv).
+    modes = [(of_dkdv, write_ds, needs_kv and not dk_apart, needs_kv)] * (write_ds or needs_kv)
+    modes += [(of_dk, False, True, False)] * dk_apart
 
     # Arguments that a kernel takes and does not write: a small ds; k and v as dk and dv.
     lse_log2, minus_delta = (  # TMA reads them: strides are multiples of 16 bytes
@@ -1336,9 +1304,8 @@ def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, softcap, needs_
     if is_summed:  # over chunks of queries, in float32
         dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (dk, dv))
     layout = q.dtype, configs.padded(D), q.device, D % 16 == 0 and all(aligned), False
-    of_delta, of_keys, of_queries = delta_kernel, dkdv_kernel, dq_kernel
-    if is_wide:
-        of_delta, of_keys, of_queries = (WIDE[x] for x in (of_delta, of_keys, of_queries))
+    of_delta, of_keys, of_queries = (
+        WIDE[x] if is_wide else x for x in (delta_kernel, dkdv_kernel, dq_kernel))
     tensors = out, do, lse, lse if dlse is None else dlse, lse_log2, minus_delta
     constants = configs.DELTA.block_m, dlse is not None
     launch(of_delta, configs.DELTA, tensors, (D,), constants, layout)
@@ -1346,19 +1313,16 @@ def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, softcap, needs_
         range(0, B, batches), range(0, Hk, heads), range(0, M, rows)
     ):
         numbers = D, low + m, diagonal if diagonal == N else diagonal + m
-        q_, do_, lse_, delta_, dq_ = q, do, lse_log2, minus_delta, dq
-        k_, v_, dk_, dv_ = k, v, dk, dv
+        bs, hs, ms = slice(b, b + batches), slice(h, h + heads), slice(m, m + rows)
+        part = lambda xs, *at: xs if is_whole else [x[at] for x in xs]
+        k_, v_, dk_, dv_ = part((k, v, dk, dv), bs, hs)
+        hs = slice(h * group, (h + heads) * group)
+        q_, do_, lse_, delta_, dq_ = part((q, do, lse_log2, minus_delta, dq), bs, hs, ms)
         visible_, of_queries_, of_keys_ = visible if by_row else lse, query_ranges, key_ranges
-        if not is_whole:
-            part = slice(b, b + batches), slice(h, h + heads)
-            k_, v_, dk_, dv_ = (x[part] for x in (k, v, dk, dv))
-            part = part[0], slice(h * group, (h + heads) * group), slice(m, m + rows)
-            q_, do_, lse_, delta_, dq_ = (
-                x if x is None else x[part] for x in (q, do, lse_log2, minus_delta, dq))
-            if by_row:
-                visible_ = visible[part[0], :, part[2]]
-                of_queries_ = query_ranges[part[0], :, m // 128 : (m + rows) // 128]
-                of_keys_ = (key_ranges[part[0]] - m).clamp(0, 128 * of_queries_.size(2))
+        if by_row and not is_whole:
+            visible_ = visible[bs, :, ms]
+            of_queries_ = query_ranges[bs, :, m // 128 : (m + rows) // 128]
+            of_keys_ = (key_ranges[bs] - m).clamp(0, 128 * of_queries_.size(2))
         if is_summed:
             dk_sum, dv_sum, dk_, dv_ = dk_, dv_, torch.empty_like(dk_), torch.empty_like(dv_)
         masked = windowed or diagonal < N
@@ -1379,9 +1343,8 @@ def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, softcap, needs_
             constants = of_dq.block_m, of_dq.block_n, windowed, by_row, capped, masked
             tensors = dq_, q_, do_, lse_, delta_, k_, v_, visible_, of_queries_
             launch(hopper_dq_kernel, of_dq, tensors, (*scales, *numbers), constants, layout)
-    if not needs_kv:
-        return dq, None, None
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+    dk, dv = (dk.to(k.dtype), dv.to(v.dtype)) if needs_kv else (None, None)
+    return dq if needs_q else None, dk, dv
 
 
 # ---- Operators and autograd ----------------------------------------------------------------------
@@ -1464,7 +1427,7 @@ def _sdpa_forward(q, k, v, dropout_p=0.0, is_causal=False, return_debug_mask=Fal
     if dropout_p or return_debug_mask:
         raise RuntimeError("flash_attn.py has no dropout: call "
                            "torch.nn.attention.restore_flash_attention_impl()")  # fmt: skip
-    _check(q, k, v, is_causal, None, None, None, scale, None, True, None)
+    _check(q, k, v, is_causal, None, None, None, scale, None, True)
     if q.size(3) % 8 or v.size(3) != q.size(3):  # torch pads before it calls this
         raise ValueError("q, k and v must have one head dim, a multiple of 8")
     # is_causal of SDPA's flash backend is lower right: torch.nn.attention.bias relies on that.
@@ -1479,16 +1442,14 @@ def _sdpa_backward(do, q, k, v, out, lse, _q, _k, M, N, dropout_p, is_causal, _s
     return _backward(q, k, v, out, lse, None, do, None, mask, scale, None, True, True)
 
 
-class _Registered:
+class _Registered(torch.library.Library):
     """Until remove(), SDPA's flash backend calls this file. key: CUDA, or CPU."""
+    remove = torch.library.Library._destroy
 
     def __init__(self, key="CUDA"):
-        self.library = torch.library.Library("aten", "IMPL")
-        self.library.impl("_scaled_dot_product_flash_attention", _sdpa_forward, key)
-        self.library.impl("_scaled_dot_product_flash_attention_backward", _sdpa_backward, key)
-
-    def remove(self):
-        self.library._destroy()
+        super().__init__("aten", "IMPL")
+        self.impl("_scaled_dot_product_flash_attention", _sdpa_forward, key)
+        self.impl("_scaled_dot_product_flash_attention_backward", _sdpa_backward, key)
 
 
 if hasattr(torch.nn.attention, "register_flash_attention_impl"):  # torch 2.13
@@ -1498,7 +1459,7 @@ if hasattr(torch.nn.attention, "register_flash_attention_impl"):  # torch 2.13
 # ---- The public function -------------------------------------------------------------------------
 
 
-def _check(q, k, v, is_causal, window, visible, sinks, scale, softcap, enable_gqa, config):
+def _check(q, k, v, is_causal, window, visible, sinks, scale, softcap, enable_gqa):
     """Raise the error that flash_attention documents, or return nothing."""
     if torch.jit.is_tracing():
         raise RuntimeError("flash_attention does not run under torch.jit.trace: "
@@ -1558,41 +1519,36 @@ def _check(q, k, v, is_causal, window, visible, sinks, scale, softcap, enable_gq
     largest = min(2e38, 1e38 * softcap) if softcap else 2e38  # qk_scale, cap_scale: float32
     if scale is not None and not abs(scale) < largest:
         raise ValueError(f"scale must be finite and below {largest:.0e}, got {scale}")
-    if config is not None:
-        _check_config(q, k, is_causal, window, visible, sinks, softcap, config)
 
 
 def _check_config(q, k, is_causal, window, visible, sinks, softcap, config):
-    D = q.size(3)
-    if visible is not None and isinstance(config, configs.Tuning) and (
-        config.block_m != 128 if config.kernel == "hopper_forward" else config.block_m > 128
-    ) and config is not configs.HOPPER_64:  # fmt: skip
-        raise ValueError(f"config must have tiles of 128 rows for visible, got {config.block_m}")
-    of_others = isinstance(config, helion.Config) or getattr(config, "kernel", "") == "blackwell"
-    if of_others and any(x is not None for x in (window, visible, sinks, softcap or None)):
-        raise ValueError("config is the report's or Blackwell's: without window, visible, sinks "
-                         "and softcap")  # fmt: skip
-    if isinstance(config, helion.Config):
-        if is_causal is not False or q.size(1) != k.size(1) or D.bit_count() > 1:
-            raise ValueError("config is the report's: its kernel is dense, without GQA, and takes "
-                             "head dims that are powers of two")  # fmt: skip
-        if q.size(2) < 2 or k.size(2) < 2:  # helion 1.5.1 fails on batched products of size 1
-            raise ValueError("config is the report's: its kernel takes lengths of at least 2, got "
-                             f"{q.size(2)} and {k.size(2)}")  # fmt: skip
+    D, is_report = q.size(3), isinstance(config, helion.Config)
+    if not is_report and not isinstance(config, configs.Tuning):
+        raise TypeError(f"config must be one of configs.py, got {type(config).__name__}")
+    kernel = "report" if is_report else config.kernel
+    if kernel not in ("report", "forward", "hopper_forward", "blackwell"):
+        raise ValueError(f"config must be a Tuning of a forward kernel, got {kernel!r}")
+    options = window, visible, sinks, softcap or None
+    if kernel in ("report", "blackwell") and any(x is not None for x in options):
+        raise ValueError(f"config ({kernel}) takes no window, visible, sinks and softcap")
+    if is_report:
+        if (is_causal is not False or q.size(1) != k.size(1) or D.bit_count() > 1
+                or min(q.size(2), k.size(2)) < 2):  # fmt: skip  # helion 1.5.1: no bmm of size 1
+            raise ValueError("config is the report's: dense, without GQA, head dims that are "
+                             "powers of two, lengths of at least 2")  # fmt: skip
         return
-    if not isinstance(config, configs.Tuning):
-        raise TypeError("config must be a Config or Tuning of configs.py, got "
-                        f"{type(config).__name__}")  # fmt: skip
-    if config.kernel not in ("forward", "hopper_forward", "blackwell"):
-        raise ValueError(f"config must be a Tuning of a forward kernel, got {config.kernel!r}")
-    if config.kernel == "hopper_forward":
+    if visible is not None and config is not configs.HOPPER_64 and (  # which _forward replaces
+        config.block_m > 128 or kernel == "hopper_forward" and config.block_m < 128
+    ):  # fmt: skip
+        raise ValueError(f"config must have tiles of 128 rows for visible, got {config.block_m}")
+    if kernel == "hopper_forward":
         if q.dtype == torch.float32 or D > config.head_dim:
             raise ValueError(f"config takes 16-bit floats and head dims up to {config.head_dim}, "
                              f"got {q.dtype} and {D}")  # fmt: skip
         stages = config.helion_config.config.get("range_num_stages")
         if not isinstance(stages, list) or max(stages) > 2:  # rule 6
             raise ValueError(f"config must have range_num_stages of at most 2, got {stages}")
-    major = {"hopper_forward": 9, "blackwell": 10}.get(config.kernel)
+    major = {"hopper_forward": 9, "blackwell": 10}.get(kernel)
     if major and q.is_cuda and (found := torch.cuda.get_device_capability(q.device))[0] != major:
         raise ValueError(f"config takes GPUs of compute capability {major}.x, got {found}")
 
@@ -1653,24 +1609,21 @@ def flash_attention(
     ):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) if getattr(x, "dtype", None) in DTYPES else x for x in (q, k, v))
-    _check(q, k, v, is_causal, window, visible, sinks, scale, softcap, enable_gqa, config)
+    _check(q, k, v, is_causal, window, visible, sinks, scale, softcap, enable_gqa)
     D, Dv = q.size(3), v.size(3)
     if D % 8 or Dv != D:  # zeros in q and k add nothing to the scores
-        padded_d = (max(D, Dv) + 7) // 8 * 8
+        scale, padded_d = D**-0.5 if scale is None else scale, (max(D, Dv) + 7) // 8 * 8
         q, k, v = (torch.nn.functional.pad(x, (0, padded_d - x.size(3))) for x in (q, k, v))
-        out, lse = flash_attention(
-            q, k, v, is_causal=is_causal, window=window, visible=visible, sinks=sinks,
-            scale=D**-0.5 if scale is None else scale, softcap=softcap, enable_gqa=enable_gqa,
-            return_lse=True, config=config)  # fmt: skip
-        return (out[..., :Dv], lse) if return_lse else out[..., :Dv]
     if visible is not None:
-        first, last = (x.expand(q.size(0), -1).clamp(-1, k.size(2)) for x in visible)
-        visible = torch.stack((first.clamp(min=0), last.clamp(max=k.size(2) - 1)), 1)
-        # Rows of a multiple of 16 bytes for TMA: the rows that are added see no key.
-        visible = torch.nn.functional.pad(visible, (0, -q.size(2) % 4), value=-1)
+        # TMA needs rows of a multiple of 16 bytes: those that are added see no key.
+        first, last = (
+            torch.nn.functional.pad(x.expand(q.size(0), -1), (0, -q.size(2) % 4), value=value)
+            for x, value in zip(visible, (0, -1)))  # fmt: skip
+        visible = torch.stack((first.clamp(0, k.size(2)), last.clamp(-1, k.size(2) - 1)), 1)
     mask = int(is_causal), *_limits(window)
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if config is not None:
+        _check_config(q, k, is_causal, window, visible, sinks, softcap, config)
         if isinstance(config, helion.Config) and (return_lse or needs_grad):
             raise ValueError("config is the report's: its kernel has no lse and no gradient")
         if _is_traced(q, k, v):
@@ -1694,6 +1647,7 @@ def flash_attention(
         out = (out * (lse - sinks).sigmoid()[..., None]).to(out.dtype)
         lse = torch.logaddexp(lse, sinks)
         lse = lse.where(lse > -9e37, float("-inf"))
+    out = out if out.size(3) == Dv else out[..., :Dv]
     return (out, lse) if return_lse else out
 
 
