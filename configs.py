@@ -116,7 +116,7 @@ HOPPER_GRADIENT_256 = _gradient((64, 128, 8, 1), (128, 64, 8, 4), (64, 128, 8, 4
 BLACKWELL_CUTE = Tuning("blackwell", 128, 128, helion.Config(block_sizes=[1, 128, 128]))
 
 # forward_kernel for few queries, by rows a tile and padded head dim, and merge_kernel. Three stages
-# of 16 KB of K and of V and two CTAs an SM read 0.9 to 1.1 of cuDNN's GB/s (H200, D = 128).
+# of 16 KB of K and of V and two CTAs an SM take 0.9 to 1.1 of cuDNN's time (H200, one query).
 DECODE = {(m, d): _tuning("forward", m, n, 8 if m * d > 2**13 else 4, 3) for m in (16, 32, 64)
           for d, n in ((16, 128), (32, 128), (64, 128), (128, 64), (256, 32))}  # fmt: skip
 DECODE_WAVES = 2  # programs for each SM
@@ -181,7 +181,7 @@ def best(capability, head_dim, dtype, heads, M, N):
 
 
 def best_decode(head_dim, dtype, rows):
-    """The Tuning of the forward for a tile of so many rows, at most 64."""
+    """The Tuning of the forward for few queries. rows: H / Hk * M, at most 64."""
     if dtype == torch.float32:
         return FLOAT32[padded(head_dim)]
     return DECODE[min(m for m in (16, 32, 64) if m >= rows), padded(head_dim)]

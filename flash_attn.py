@@ -14,7 +14,7 @@ A map, from top to bottom:
     Launching               what is compiled, what is kept.
     _forward, _backward     allocate, choose, launch.
     flash_attention         the public function; above it the operators and autograd.
-    packed, padded          which keys a row sees in packed and in padded batches.
+    packed, padded          make `visible` for packed and padded batches: by_row in the kernels.
 
 The algorithm is FlashAttention-2 (Dao, arXiv:2307.08691): a tile of queries walks over the keys and
 keeps each row's maximum m_i, sum l_i and unnormalised output acc. The Hopper schedule is that of
@@ -202,8 +202,8 @@ def load_row_vector(x, strides, b, h, rows):
 
 
 def load_range(ranges, strides, b, block_index, block=1):
-    """The two numbers of ranges[b, :, block_index], which say where a loop begins and ends, rounded
-    to whole tiles of `block`."""
+    """Begin and end of the loop of block `block_index`: ranges[b, :, block_index], widened to whole
+    tiles of `block`."""
     like = hl.zeros([], dtype=torch.int32)
     begin = load_numbers(ranges, strides, b, 0, block_index, like)
     end = load_numbers(ranges, strides, b, 1, block_index, like)
@@ -226,7 +226,7 @@ def load_tile(x, b, h, rows, d, head_dim, tma):
 
 
 def load_row(x, b, h, rows, tma):
-    """x[b, h, rows], zeros beyond x."""
+    """x[b, h, rows], one number for each row. Rows beyond x give 0; TMA does that itself."""
     b, h = (b, h) if tma else (b.to(rows.dtype), h)
     return hl.load(x, [b, h, rows], extra_mask=None if tma else rows < x.size(2))
 
@@ -239,25 +239,31 @@ def store_tile(x, b, h, rows, d, head_dim, value):
 
 
 def keys_end(m_end, N, diagonal, block_n=1):
-    """How many keys the rows before m_end see, rounded up to block_n."""
+    """The end of a loop over keys: no row before m_end sees this key or a later one. A multiple of
+    block_n."""
     expression = "tl.cdiv(tl.minimum({0}, tl.maximum(0, {1} + {2})), {3}) * {3}"
     return int32(expression, N, m_end, diagonal, block_n)
 
 
 def keys_start(m, low, block_n, least=0):
-    """The first key, at least `least`, that the rows from m on see, rounded down to block_n."""
+    """The begin of a loop over keys: no row from m on sees an earlier one. At least `least`, and a
+    multiple of block_n."""
     return int32("tl.maximum({0}, {1} + {2}) // {3} * {3}", least, m, low, block_n)
 
 
 # ---- The forward ---------------------------------------------------------------------------------
-# Row i sees the keys from i + low to i + diagonal; `low` counts only if `windowed`. With `by_row`
-# row i sees the keys from visible[b, 0, i] to visible[b, 1, i]. Then ranges[b, :, j] says where the
-# loop of block j, 128 rows, begins and ends: over keys, in dkdv_kernel over queries.
-# To change the mask, change the bounds of the loops over keys (keys_start, keys_end) and over
-# queries (m_start and m_end of dkdv_kernel), each comparison with first_key, last_key or distance,
-# the number of visible keys in in_range, and `masked` of the launches. Then compare with SDPA's
-# attn_mask at lengths around a tile's size, as check.py does, and each kernel by itself: the fix-up
-# repairs what hopper_forward_kernel leaves as NaN.
+# Row i sees the keys from i + low to i + diagonal; low is read if windowed. With by_row, row i sees
+# the keys from visible[b, 0, i] to visible[b, 1, i]; ranges[b, :, j] then bounds the loop of block
+# j, 128 rows: by key numbers for blocks of queries, by query numbers for blocks of keys (dkdv).
+# To add a mask: if each row sees one interval of keys, make `visible` as `packed` does: no kernel
+# changes. Otherwise add a constexpr beside `windowed` and change, in this order:
+#     the bounds of the loops over keys     keys_start, keys_end
+#     the bounds of the loop over queries   m_start, m_end of dkdv_kernel
+#     the comparisons                       first_key, last_key, distance
+#     the number of keys that a row sees    in_range, l_inverse, sees_none
+#     where a loop needs no mask            `masked` in _forward and _backward
+# Then compare with SDPA's attn_mask at lengths around a tile's size, as check.py does, and each
+# kernel by itself: the fix-up repairs what hopper_forward_kernel leaves as NaN.
 
 
 def _forward_kernel(
@@ -267,10 +273,10 @@ def _forward_kernel(
     lse: torch.Tensor,  # [B, H, M], float32, natural logarithm
     visible: torch.Tensor,  # [B, 2, M], int32
     ranges: torch.Tensor,  # [B, 2, number of blocks of 128 queries], int32
-    qk_scale: float,  # scale * log2(e); if capped softcap * log2(e)
-    cap_scale: float,  # if capped 2 log2(e) * scale / softcap: the factor of what tanh takes
+    qk_scale: float,  # of a score: scale * log2(e); after the tanh, if capped: softcap * log2(e)
+    cap_scale: float,  # if capped: q k^T * cap_scale goes into tanh; 2 log2(e) * scale / softcap
     head_dim: int, low: int, diagonal: int,
-    num_queries: int,  # if split
+    num_queries: int,  # if split: M of the call
     keys_per_part: int,  # if split: a multiple of block_n
     block_m: hl.constexpr, block_n: hl.constexpr, windowed: hl.constexpr, by_row: hl.constexpr,
     capped: hl.constexpr,
@@ -281,8 +287,9 @@ def _forward_kernel(
 
     Fix-up (rows_per_program > block_m): a program reads the lse of its 512 rows, and computes them
     again only if hopper_forward_kernel left NaN in one of them.
-    split (few queries): row i is query i % num_queries of one of the heads that share keys. out and
-    lse have B batches for each part of the keys; merge_kernel joins the parts.
+    split (few queries): the rows of a tile are the queries of all heads that share keys; row i is
+    query i % num_queries. out and lse have B batches for each part of the keys: batch out_b is
+    batch out_b % B and part out_b // B. merge_kernel joins the parts.
     """
     B, H, M, BLOCK_D = q.size()
     Hk, N = k.size(1), k.size(2)
@@ -296,8 +303,9 @@ def _forward_kernel(
         out_b, h = tile_bh.begin // H, tile_bh.begin % H
         b = out_b % B if split else out_b
         hk = h // (H // Hk)
-        begin = out_b // B * keys_per_part if split else 0
-        end = int32("tl.minimum({0} + {1}, {2})", begin, keys_per_part, N) if split else N
+        # This program's keys.
+        part_begin = out_b // B * keys_per_part if split else 0
+        part_end = int32("tl.minimum({0} + {1}, {2})", part_begin, keys_per_part, N) if split else N
         d = hl.arange(BLOCK_D)[None, :]
         d_valid = valid_columns(d, head_dim)
         if rows_per_program > block_m:
@@ -311,16 +319,17 @@ def _forward_kernel(
             rows = tile_m.index % num_queries if split else tile_m.index
             m_start = 0 if split else tile_m.begin
             m_end = num_queries if split else tile_m.begin + block_m
-            last_key = torch.clamp(rows + diagonal, max=end - 1)  # the last one a row sees
-            first_key = torch.clamp(rows + low, min=begin) if windowed else begin
-            n_start = keys_start(m_start, low, block_n, begin) if windowed else begin
-            n_end = keys_end(m_end, end, diagonal)
+            last_key = torch.clamp(rows + diagonal, max=part_end - 1)  # the last one a row sees
+            first_key = torch.clamp(rows + low, min=part_begin) if windowed else part_begin
+            n_start = keys_start(m_start, low, block_n, part_begin) if windowed else part_begin
+            n_end = keys_end(m_end, part_end, diagonal)
             if by_row:
-                first_key = torch.clamp(hl.load(visible, [b, 0, rows]), min=begin).to(rows.dtype)
-                last_key = torch.clamp(hl.load(visible, [b, 1, rows]), max=end - 1).to(rows.dtype)
-                n_start = int32("tl.maximum({0}, {1} // {2} * {2})", begin,
+                first_key, last_key = hl.load(visible, [b, 0, rows]), hl.load(visible, [b, 1, rows])
+                first_key = torch.clamp(first_key, min=part_begin).to(rows.dtype)
+                last_key = torch.clamp(last_key, max=part_end - 1).to(rows.dtype)
+                n_start = int32("tl.maximum({0}, {1} // {2} * {2})", part_begin,
                                 ranges[b, 0, m_start // 128], block_n)  # fmt: skip
-                n_end = int32("tl.minimum({0}, {1})", end, ranges[b, 1, m_start // 128])
+                n_end = int32("tl.minimum({0}, {1})", part_end, ranges[b, 1, m_start // 128])
             m_i = hl.full([tile_m], lowest, dtype=torch.float32)
             l_i = hl.zeros([tile_m], dtype=torch.float32)
             acc = hl.zeros([tile_m, BLOCK_D], dtype=torch.float32)
@@ -357,7 +366,8 @@ def _merge_kernel(
     out: torch.Tensor, lse: torch.Tensor,  # [B, H, M, head_dim] and [B, H, M]
     head_dim: int, block_p: hl.constexpr,
 ) -> torch.Tensor:  # fmt: skip
-    """out and lse from those of parts of the keys, always in one order: the same bits."""
+    """out: each part's, times exp(lse of the part - lse). The parts are added in one order: the
+    same bits at each run."""
     B, H, M, BLOCK_D = out.size()
     BLOCK_D = hl.specialize(BLOCK_D)
     log2e, lowest = 1.4426950408889634, -3e38
@@ -379,15 +389,15 @@ def _merge_kernel(
             weight, alpha = exp2((lse_part - m_ij) * log2e), exp2((m_i - m_ij) * log2e)
             x = hl.load(parts, [row, part[:, None], d[None, :]],
                         extra_mask=valid[:, None] & d_valid[None, :])  # fmt: skip
-            weighted = torch.where(weight[:, None] > 0, x * weight[:, None], 0.0)  # x may be NaN
+            weighted = torch.where(weight[:, None] > 0, x * weight[:, None], 0.0)  # 0 * NaN is NaN
             acc = acc * alpha[:, None] + torch.sum(weighted, 0)[None, :]
             unweighted = unweighted + torch.sum(x, 0)[None, :]
             l_i = l_i * alpha + torch.sum(weight, -1)
             m_i = m_ij
-        # No weight: each part is 0, where the row sees no key, or NaN, where each score is -inf.
-        sees_none = l_i == 0
-        acc = torch.where(sees_none[:, None], unweighted, acc * (1 / l_i)[:, None])
-        lse_row = torch.where(sees_none, float("-inf"), m_i + log2(l_i) / log2e)
+        # All weights are 0: the row sees no key (each part is 0), or its scores are -inf (NaN).
+        no_weight = l_i == 0
+        acc = torch.where(no_weight[:, None], unweighted, acc * (1 / l_i)[:, None])
+        lse_row = torch.where(no_weight, float("-inf"), m_i + log2(l_i) / log2e)
         rows = m + hl.arange(1)
         hl.store(lse, [b, h, rows], lse_row)
         hl.store(out, [b, h, rows[:, None], d[None, :]], acc.to(out.dtype),
@@ -590,7 +600,8 @@ def _delta_kernel(
     lse_log2: torch.Tensor, minus_delta: torch.Tensor,  # [B, H, M], float32
     head_dim: int, block_m: hl.constexpr, with_dlse: hl.constexpr,
 ) -> torch.Tensor:  # fmt: skip
-    """-delta; and lse in base 2, or 0 for a row that sees no key: its p is masked."""
+    """minus_delta: dkdv_kernel adds it to dp. lse_log2: lse * log2(e), so that p is
+    exp2(s - lse_log2); 0 where lse is -inf: no key is seen, and p is masked."""
     B, H, M, BLOCK_D = out.size()
     BLOCK_D = hl.specialize(BLOCK_D)
     log2e = 1.4426950408889634
@@ -666,8 +677,8 @@ def _dkdv_kernel(
                 v_tile = load_tile(v, b, hk, keys, d, head_dim, False)
         dk_acc = hl.zeros([block_n, BLOCK_D], dtype=torch.float32)
         dv_acc = hl.zeros([block_n, BLOCK_D], dtype=torch.float32)
-        # The first query that sees a key of this tile, rounded down: dq_kernel reads ds in tiles of
-        # up to 128 queries.
+        # From the first query that sees a key of this tile, rounded down to 128: dq_kernel reads ds
+        # by up to 128 queries.
         m_start = int32("tl.maximum(0, ({0} * {1} - {2}) // 128) * 128", n_block, block_n, diagonal)
         steps = int32("tl.maximum(0, {0} - {1} // {2})", num_m_blocks, m_start, block_m)
         if windowed:  # up to the last query that sees a key of this tile, rounded up
@@ -689,18 +700,18 @@ def _dkdv_kernel(
                 do_tile = load_tile(do, b, h, rows, d, head_dim, tma)
                 if not capped:
                     lse_tile = load_row(lse_log2, b, h, rows, tma)
-                delta_tile = load_row(minus_delta, b, h, rows, tma)
+                minus_delta_tile = load_row(minus_delta, b, h, rows, tma)
                 if by_row:
                     first_key = load_row(visible, b, 0, rows, tma)
                     last_key = load_row(visible, b, 1, rows, tma)
                 s = hl.dot(k_tile, q_tile.T, out_dtype=torch.float32)
-                # -delta is dp's first summand: subtracted after the product, it spills.
-                dp = delta_tile[None, :] + hl.zeros([block_n, block_m], dtype=torch.float32)
+                # dp starts as -delta: added after the product, it stands behind a wait.
+                dp = minus_delta_tile[None, :] + hl.zeros([block_n, block_m], dtype=torch.float32)
                 dp = hl.dot(v_tile, do_tile.T, acc=dp)
                 if capped:
                     s = tanh(s * cap_scale)
                     dp = dp * (1 - s * s)
-                    lse_tile = load_row(lse_log2, b, h, rows, tma)  # earlier: 200 bytes spill
+                    lse_tile = load_row(lse_log2, b, h, rows, tma)  # before tanh: 200 bytes spill
                 # A query beyond M has p = 1, but do = 0 and dp = 0.
                 p = exp2(s * qk_scale - lse_tile[None, :])
                 if by_row:
@@ -755,7 +766,7 @@ def _dq_kernel(
         hk = int32("{0} // {1}", h, group)
         rows, d = m_block * block_m + hl.arange(block_m), hl.arange(BLOCK_D)
         n_end = keys_end(int32("({0} + 1) * {1}", m_block, block_m), N, diagonal)
-        # Exactly: dkdv_kernel wrote no ds for a tile of keys that no row sees.
+        # Not rounded: ds of keys that no row of the tile sees may not have been written.
         n_start = keys_start(int32("{0} * {1}", m_block, block_m), low, 1) if windowed else 0
         if by_row:
             n_start, n_end = load_range(ranges, ranges_strides, b,
@@ -811,7 +822,7 @@ def _hopper_dq_kernel(
         do_tile = load_resident(do, do_strides, b, h, m_block, 2 * w, head_dim, block_m, BLOCK_D)
         q_rows = m_block * block_m + hl.arange(block_m)
         lse_tile = load_row_vector(lse_log2, lse_strides, b, h, q_rows)
-        delta_tile = load_row_vector(minus_delta, lse_strides, b, h, q_rows)
+        minus_delta_tile = load_row_vector(minus_delta, lse_strides, b, h, q_rows)
         acc = hl.zeros([block_m, BLOCK_D], dtype=torch.float32)
         ds = hl.zeros([block_m, block_n], dtype=torch.float32)
         for n in hl.grid(n_start, n_end, block_n):
@@ -822,7 +833,7 @@ def _hopper_dq_kernel(
             dp = hl.dot(do_tile, v[b, hk, n + hl.arange(block_n), :].T, out_dtype=torch.float32)
             if capped:
                 s = tanh(s * cap_scale)
-                dp = (dp + delta_tile[:, None]) * (1 - s * s)
+                dp = (dp + minus_delta_tile[:, None]) * (1 - s * s)
             x = s * qk_scale - lse_tile[:, None]
             if masked:
                 sees = hl.arange(block_n)[None, :] <= (last_key - n)[:, None]
@@ -830,7 +841,7 @@ def _hopper_dq_kernel(
                     sees = sees & (hl.arange(block_n)[None, :] >= (first_key - n)[:, None])
                 x = torch.where(sees, x, float("-inf"))
             acc = hl.dot(ds_tile, k_before, acc=acc)
-            ds = exp2(x) * (dp if capped else dp + delta_tile[:, None])
+            ds = exp2(x) * (dp if capped else dp + minus_delta_tile[:, None])
         keys = n_end - block_n + hl.arange(block_n)
         ds = torch.where(keys[None, :] <= last_key[:, None], ds, 0.0)
         acc = hl.dot(ds.to(k.dtype), k[b, hk, keys, :], acc=acc)
@@ -1059,8 +1070,8 @@ def read_once(host, jit, arguments):
 
 
 # ---- Allocate, choose, launch --------------------------------------------------------------------
-# One ds has DS_BYTES, or the heads of DS_KEYS keys if they take more (two tiles of 128 keys for
-# each SM), but at most 2 * DS_BYTES. Half or twice DS_BYTES changes the time by less than 2%.
+# One ds holds the heads that fit in DS_BYTES; at least heads with DS_KEYS keys in all (two tiles of
+# 128 for each SM); at most 2 * DS_BYTES. Half or twice DS_BYTES changes the time by less than 2%.
 DS_BYTES, DS_KEYS = 2**29, 2**15
 FIXUP_ROWS = 512  # that one program of the fix-up checks
 
@@ -1122,7 +1133,8 @@ def _scales(scale, softcap):
 
 
 def _query_ranges(visible, N):
-    """[B, 2, number of blocks of 128 queries], int32: the keys of a block begin and end there."""
+    """[B, 2, number of blocks of 128 queries], int32: the first key that a row of the block sees,
+    and the last one plus 1."""
     first, last = visible.unbind(1)
     sees = first <= last
     blocks = lambda x, fill: torch.nn.functional.pad(
@@ -1131,8 +1143,8 @@ def _query_ranges(visible, N):
 
 
 def _key_ranges(query_ranges, N):
-    """[B, 2, number of blocks of 128 keys], int32: between these queries, multiples of 128, are all
-    that see a key of the block."""
+    """[B, 2, number of blocks of 128 keys], int32: all queries that see a key of the block lie from
+    the first number to the second minus 1. Both are multiples of 128."""
     begin, end = query_ranges.unsqueeze(2).unbind(1)
     key = torch.arange(0, N, 128, dtype=torch.int32, device=begin.device).unsqueeze(1)
     query = torch.arange(0, 128 * begin.size(2), 128, dtype=torch.int32, device=begin.device)
@@ -1676,10 +1688,10 @@ def padded(mask, M=None, *, is_causal=False, window=None):
     """`visible` for a padding mask [B, N] of 0 and 1, whose ones are contiguous: a hole counts as
     ones.
 
-    M: number of queries. N: one at each key. None: the same, but a row of padding sees nothing: its
-    out is 0, and it takes no time. Other numbers: the last queries up to the last 1 in mask; keys
-    after it are the empty room of a static cache. is_causal: lower right. window: (left, right), as
-    flash_attention's. Nothing is copied to the host.
+    M: number of queries. N: query i stands at key i. None: the same, and a row of padding sees
+    nothing: its out is 0, and it takes no time. Other numbers: the last M queries up to the last 1
+    in mask; later keys are the empty room of a static cache. is_causal: lower right. window: (left,
+    right), as flash_attention's. Nothing is copied to the host.
     """
     if mask.dim() != 2 or mask.size(1) == 0 or M == 0:
         raise ValueError(f"mask must be [B, N] and M at least 1, got {tuple(mask.shape)} and {M}")
@@ -1695,7 +1707,7 @@ def padded(mask, M=None, *, is_causal=False, window=None):
 
 
 def _limits(window):
-    """left and right as integers that int32 holds beside a position; -1: no limit."""
+    """left and right; -1: no limit. At most 2^30: with a position added they are an int32."""
     return (-1 if x is None or x < 0 else min(x, 2**30) for x in window or (-1, -1))
 
 
