@@ -245,6 +245,7 @@ FORWARD += [(("default",), BF16, D, mask, "bhsd", *FEW) for mask in (
 FORWARD += [(("default",), BF16, D, mask, "bhsd", FEW[1]) for mask in ("dense", "upper_left")]
 FORWARD += [(("default",), dtypes, dim, "lower_right", layout, FEW[1]) for dtypes, dim, layout in (
     (ALL, D, "bshd"), (BF16, 24, "poisoned"), (HALF, 256, "odd"), (FLOAT, 16, "columns"))]
+FORWARD += [(("default",), FLOAT, 128, "window_lower", "bhsd", FEW[3])]  # two tiles of 32 rows
 BOTH = ("hopper", "default")  # Hopper's kernels of the gradient, and the others
 GRADIENT = [  # and what of ds is kept at a time: all, two heads of keys, 128 queries of one head
     (BOTH, ALL, D, "dense", "bshd", "all", (1, 2, 2, 128, 256), (1, 2, 2, 1, 200)),
@@ -1089,7 +1090,24 @@ def few_queries():
     for key in (0, 127, 128, 255, 256, 511, 512, 699):
         v.zero_()[:, :, key] = 700
         torch.testing.assert_close(flash_attention(q, k, v), torch.ones_like(q))
+    q, k, v = make((1, 2, 1, D), keys=4000)
+    q[..., 0], k[..., 0] = D**0.5, torch.linspace(0, 20, 4000)  # later parts count more
+    many = mock.patch.object(flash_attn, "_gpu", lambda device: (None, 132))
+    with contextlib.nullcontext() if GPU else many:  # more parts than merge_kernel adds at a time
+        compare(flash_attention(q, k, v), q, k, v)
     return "each key counts once"
+
+
+def one_head():
+    """A size of 1 may have a stride of 1. A kernel that is compiled then serves other strides."""
+    for M, heads in itertools.product((3, 200), (1, 4)):
+        x = [x.flatten(1, 2) for x in make((2, 1, M, D), keys=300)]
+        qkv = [x[..., None].permute(0, 3, 1, 2) for x in x]  # strides (S * D, 1, D, 1)
+        if heads > 1:
+            qkv = make((2, 4, M, D), keys=300)
+        compare(flash_attention(*qkv), *qkv)
+        line = compare_gradients(qkv, {}, with_lse=True)
+    return line
 
 
 def asked_for(config, dim):
@@ -1433,8 +1451,8 @@ def recipe_values():
     additive = torch.zeros(1, 1, 1, 2, device=DEVICE).masked_fill(~mask, -INF)
     bias, sink = additive.masked_fill(~mask, math.log(3)), torch.zeros(1, device=DEVICE)
 
-    def right(numbers, values, M=1, mask=None, module=decoder, ours=(8, 20), sdpas=(264,), dim_v=None,
-              **options):  # fmt: skip
+    def right(numbers, values, M=1, mask=None, module=decoder, ours=(8, 20), sdpas=(264,),
+              dim_v=None, **options):  # fmt: skip
         for dim in (*ours, *sdpas):  # head dims that flash_attention and SDPA compute
             count.reset_mock()
             q, k = column(*[0] * M, dim=dim), column(*[0] * len(values), dim=dim)
@@ -2168,6 +2186,7 @@ def cases(draws):
     yield "windows", intervals, ()
     yield "windows", few_queries, ()
     yield "windows", head_dims, ()
+    yield "one head", one_head, ()
     for function in (bad_input, clear_errors, unknown_triton, recipe_values, recipe_masks,
                      recipe_compiles):  # fmt: skip
         yield "transformers", function, ()

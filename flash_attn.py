@@ -1198,13 +1198,13 @@ def _forward(q, k, v, visible, mask, scale, softcap, config, exact_lse):
         tuning = plain_tuning
     if by_row and tuning is configs.HOPPER_64:  # a range is that of 128 rows
         tuning = configs.HOPPER
-    is_wide, for_tma, aligned = zip(_facts(q), _facts(k), _facts(v))
-    if tuning.kernel == "hopper_forward" and (D < block_d or not all(for_tma)):
+    is_wide, for_tma, aligned = zip(*map(_facts, (q, k, v, out)))
+    if tuning.kernel == "hopper_forward" and (D < block_d or not all(for_tma[:3])):
         if k.stride(1) == v.stride(1) == 0:  # one head, expanded: TMA takes no stride of 0
             k, v = k[:, 0].unsqueeze(1), v[:, 0].unsqueeze(1)
         q, k, v = _for_tma(q, D < block_d), _for_tma(k), _for_tma(v)
-        is_wide, for_tma, aligned = zip(_facts(q), _facts(k), _facts(v))
-    plain_kernel = WIDE[forward_kernel] if any(is_wide) or out.numel() >= 2**31 else forward_kernel
+        is_wide, for_tma, aligned = zip(*map(_facts, (q, k, v, out)))
+    plain_kernel = WIDE[forward_kernel] if any(is_wide) else forward_kernel
     layout = q.dtype, block_d, q.device, D % 16 == 0 and all(aligned), False  # no float32 sums
     block_m, block_n = tuning.block_m, tuning.block_n
     intervals = (visible, _query_ranges(visible, N)) if by_row else (lse, lse)  # not read
@@ -1265,7 +1265,7 @@ def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, softcap, needs_
             return _backward(
                 q, k, v, out, lse, visible, do, dlse, mask, scale, softcap, needs_q, needs_kv)
     if q.numel() == 0 or k.numel() == 0:
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        return _out_like(q).zero_(), _out_like(k).zero_(), _out_like(v).zero_()
     do, lse = torch.zeros_like(out) if do is None else do, lse.contiguous()
     dlse = dlse if dlse is None else dlse.resolve_neg().contiguous()
     q, k, v, do = q.resolve_neg(), k.resolve_neg(), v.resolve_neg(), do.resolve_neg()
@@ -1289,7 +1289,7 @@ def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, softcap, needs_
     # dq_kernel needs ds in memory, hopper_dq_kernel does not. Wide tensors take the plain kernels,
     # and so does a launch that writes only ds: Triton does not specialise its warps.
     tunings = configs.best_gradient(_gpu(q.device)[0], D, q.dtype)
-    is_wide, for_tma, aligned = zip(*map(_facts, (q, k, v, do, out)))
+    is_wide, for_tma, aligned = zip(*map(_facts, (q, k, v, do, out, dq, dk, dv)))
     is_wide = any(is_wide) or max(q.numel(), k.numel(), B * H * padded_m) >= 2**31
     keep_ds = tunings[1].kernel == "dq" or is_wide
     batches, heads, rows = B, Hk, padded_m
@@ -1301,7 +1301,7 @@ def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, softcap, needs_
     of_dkdv, of_dq, of_dk = tunings
     if (tma := of_dkdv.kernel == "hopper_dkdv") and not all(for_tma[:4]):
         q, k, v, do = map(_for_tma, (q, k, v, do))
-        aligned = [_facts(x)[2] for x in (q, k, v, do, out)]
+        aligned = [_facts(x)[2] for x in (q, k, v, do, out, dq, dk, dv)]
     dk_apart = needs_kv and of_dk is not None
     write_ds = keep_ds and needs_q or dk_apart
     # Launches of dkdv_kernel: (Tuning, write_ds, with_dk, with_dv).
@@ -1573,8 +1573,9 @@ def flash_attention(
 
     q: [B, H, M, D]; k: [B, Hk, N, D]; v: [B, Hk, N, Dv]. One dtype: bfloat16, float16 or float32.
         D, Dv: up to 256. If they differ, or are no multiple of 8, all three are copied and padded
-        with zeros to the larger one. Any lengths, any strides. float32 products keep float32's
-        precision (tf32x3). Sums are float32: N * max|v| has to stay below 3.4e38.
+        with zeros to the larger one, and out is a view of a padded tensor. Any lengths, any
+        strides. float32 products keep float32's precision (tf32x3). Sums are float32: N * max|v|
+        has to stay below 3.4e38.
     is_causal: True: row i sees keys up to i (CausalVariant.UPPER_LEFT of torch.nn.attention.bias).
         CausalVariant.LOWER_RIGHT: up to i + N - M, so that the last row sees all keys. A row that
         sees no key is 0. NaN or inf in v may reach rows that do not see it, as in SDPA's math
