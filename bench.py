@@ -122,6 +122,8 @@ def measure(functions, qkv, options, backward):
     stream of its forward, so the forward runs on the stream that is captured.
     """
     do = torch.randn_like(qkv[0])
+    if not backward:  # a forward has the same bits anyway
+        functions = {name: x for name, x in functions.items() if name != "FA4 deterministic"}
 
     def prepare(function):
         if not backward:
@@ -160,8 +162,6 @@ def run_row(name, shape, args):
     """Compare and time one shape: what --json keeps, with the cells of its row in the table."""
     functions = {"Helion": functools.partial(flash_attention, config=config_of(name, shape, args))}
     functions |= competitors()
-    if not args.backward:  # whose bits are the same anyway
-        functions.pop("FA4 deterministic", None)
     rounds = measure(functions, *inputs(shape, args), args.backward)
     ms = {name: statistics.median(times) for name, times in rounds.items()}
     flops = check.flops(shape) * (2.5 if args.backward else 1) / (2 if args.causal else 1)
@@ -232,7 +232,6 @@ def decode(args):
         say(f"decode: {[B, 32, M, N]}, {len(rows) + 1} of {len(DECODE)}")
         qkv = check.make((B, 32, M, 128), args.dtype, N, 8)
         functions = {"Helion": flash_attention} | competitors()
-        functions.pop("FA4 deterministic", None)
         rounds = measure(functions, qkv, {"enable_gqa": True, "is_causal": False}, False)
         us = {name: 1e3 * statistics.median(times) for name, times in rounds.items()}
         row = {"[B, H, M, N]": [B, 32, M, N], "Helion (us)": f"{us['Helion']:.1f}",
@@ -354,6 +353,8 @@ def arguments():
     mistakes = {
         "the report's configs: dense, forward, no GQA": special and names[0] in configs.CONFIGS,
         "--autotune tunes the forward": args.autotune and args.backward,
+        "--decode has shapes of its own, forward": args.decode and (
+            args.backward or args.causal or args.sweep or args.config or args.shape),
         "--backward, --sweep, --plot, --decode and --autotune need a GPU": timed and not check.GPU,
         "--plot needs matplotlib": args.plot and "matplotlib" not in INSTALLED,
         f"{odd[:1]}: sizes are positive, --kv-heads divides H, and D is in {dims}": odd,
