@@ -105,8 +105,11 @@ HOPPER_DKDV, HOPPER_DKDV_64 = (
             indexing="tensor_descriptor")
     for block_m in (64, 128)
 )  # fmt: skip
-HOPPER_DQ_64 = _tuning("hopper_dq", 128, 128, 4, 2, **_HOPPER_GRADIENT,
-                       indexing="tensor_descriptor")  # fmt: skip
+HOPPER_DQ, HOPPER_DQ_64 = (
+    _tuning("hopper_dq", 128, block_n, 4, 2, **_HOPPER_GRADIENT,
+            indexing="tensor_descriptor")
+    for block_n in (64, 128)
+)  # fmt: skip
 # D > 128: a launch of its own for dk is 1.4x faster; dk and dv together do not fit in registers.
 HOPPER_GRADIENT = _gradient((64, 128, 8, 2), (128, 64, 8, 3))
 HOPPER_GRADIENT_256 = _gradient((64, 128, 8, 1), (128, 64, 8, 4), (64, 128, 8, 4))
@@ -129,7 +132,7 @@ GENERAL = {d: _general(128, 64, 4, 3) for d in (16, 32)} | {
 }  # fmt: skip
 FLOAT32 = {d: _general(64, 32, 4, 2) for d in (16, 32, 64)} | {  # three tf32 products for each
     128: _general(32, 16, 4, 2), 256: _general(16, 16, 8, 1)}  # fmt: skip
-DELTA = _tuning("delta", 64, 0, 8, 1)
+DELTA, RANGES = _tuning("delta", 64, 0, 8, 1), _tuning("ranges", 128, 0, 4, 1)
 GRADIENT = {d: _gradient((64, 64, 4, 2), (128, 64, 8, 2)) for d in (16, 32, 64)} | {
     128: _gradient((64, 64, 8, 2), (128, 64, 8, 2)),
     256: _gradient((32, 32, 8, 2), (64, 64, 8, 2))}  # fmt: skip
@@ -187,7 +190,7 @@ def best_decode(head_dim, dtype, rows):
     return DECODE[min(m for m in (16, 32, 64) if m >= rows), padded(head_dim)]
 
 
-def best_gradient(capability, head_dim, dtype, specialised=True):
+def best_gradient(capability, head_dim, dtype, specialised=True, by_row=False):
     """The Tunings of dkdv_kernel, of the kernel for dq, and of dkdv_kernel for dk alone, or None.
     Arguments as for `best`. specialised: Hopper's specialised kernels may be taken."""
     specialised = specialised and SPECIALISED
@@ -201,4 +204,6 @@ def best_gradient(capability, head_dim, dtype, specialised=True):
     if specialised and block_d == 64:
         return HOPPER_DKDV_64, HOPPER_DQ_64, None
     dkdv, dq, dk = HOPPER_GRADIENT
-    return HOPPER_DKDV if specialised and block_d == 128 else dkdv, dq, dk
+    if specialised and block_d == 128:
+        return HOPPER_DKDV, HOPPER_DQ if by_row else dq, dk
+    return dkdv, dq, dk

@@ -203,12 +203,20 @@ def load_row_vector(x, strides, b, h, rows):
 
 
 def load_range(ranges, strides, b, block_index, block=1):
-    """Begin and end of the loop of block `block_index`: ranges[b, :, block_index], widened to whole
+    """Begin and end of the loop of block `block_index`: ranges[:2, b, block_index], widened to whole
     tiles of `block`."""
     like = hl.zeros([], dtype=torch.int32)
-    begin = load_numbers(ranges, strides, b, 0, block_index, like)
-    end = load_numbers(ranges, strides, b, 1, block_index, like)
+    begin = load_numbers(ranges, strides, 0, b, block_index, like)
+    end = load_numbers(ranges, strides, 1, b, block_index, like)
     return int32("{0} // {1} * {1}", begin, block), int32("tl.cdiv({0}, {1}) * {1}", end, block)
+
+
+def load_work(ranges, strides, i, num_heads, num_blocks):
+    """b, h and block of work i: the heads of the block with the longest loop, then of the next."""
+    rank = fast_div(i, num_heads)
+    block = load_numbers(ranges, strides, 2, 0, rank, hl.zeros([], dtype=torch.int32))
+    b = fast_div(block, num_blocks)
+    return b, int32("{0} - {1} * {2}", i, rank, num_heads), int32("{0} - {1} * {2}", block, b, num_blocks)
 
 
 def valid_columns(d, head_dim):
@@ -268,13 +276,33 @@ def keys_start(m, low, block_n, least=0):
 # kernel by itself: the fix-up repairs what hopper_forward_kernel leaves as NaN.
 
 
+def _ranges_kernel(
+    intervals: torch.Tensor,  # [B, 2, M], int32: first and last of a call's `visible`
+    visible: torch.Tensor,  # the same, within the keys
+    ranges: torch.Tensor,  # [3, B, number of blocks of 128 queries]: see below
+    num_keys: int,
+) -> torch.Tensor:  # fmt: skip
+    """visible, and ranges[:2]: from the first key that a row of the block sees to the last one plus
+    1."""
+    B, _, M = intervals.size()
+    for tile_b, tile_m in hl.tile([B, M], block_size=[1, 128]):
+        b, block = tile_b.begin, tile_m.begin // 128
+        first = torch.clamp(intervals[b, 0, tile_m], min=0, max=num_keys)
+        last = torch.clamp(intervals[b, 1, tile_m], min=-1, max=num_keys - 1)
+        visible[b, 0, tile_m], visible[b, 1, tile_m] = first, last
+        sees = (first <= last) & (tile_m.index < M)
+        end = torch.amax(torch.where(sees, last + 1, 0))
+        ranges[0, b, block] = torch.minimum(torch.amin(torch.where(sees, first, num_keys)), end)
+        ranges[1, b, block] = end
+    return ranges
+
 def _forward_kernel(
     q: torch.Tensor,  # [B, H, M, head_dim]
     k: torch.Tensor, v: torch.Tensor,  # [B, Hk, N, head_dim]
     out: torch.Tensor,  # [B, H, M, head_dim]
     lse: torch.Tensor,  # [B, H, M], float32, natural logarithm
     visible: torch.Tensor,  # [B, 2, M], int32
-    ranges: torch.Tensor,  # [B, 2, number of blocks of 128 queries], int32
+    ranges: torch.Tensor,  # [3, B, number of blocks of 128 queries], int32
     qk_scale: float,  # of a score: scale * log2(e); after the tanh, if capped: softcap * log2(e)
     cap_scale: float,  # if capped: q k^T * cap_scale goes into tanh; 2 log2(e) * scale / softcap
     head_dim: int, low: int, diagonal: int,
@@ -330,8 +358,8 @@ def _forward_kernel(
                 first_key = torch.clamp(first_key, min=part_begin).to(rows.dtype)
                 last_key = torch.clamp(last_key, max=part_end - 1).to(rows.dtype)
                 n_start = int32("tl.maximum({0}, {1} // {2} * {2})", part_begin,
-                                ranges[b, 0, m_start // 128], block_n)  # fmt: skip
-                n_end = int32("tl.minimum({0}, {1})", part_end, ranges[b, 1, m_start // 128])
+                                ranges[0, b, m_start // 128], block_n)  # fmt: skip
+                n_end = int32("tl.minimum({0}, {1})", part_end, ranges[1, b, m_start // 128])
             m_i = hl.full([tile_m], lowest, dtype=torch.float32)
             l_i = hl.zeros([tile_m], dtype=torch.float32)
             acc = hl.zeros([tile_m, BLOCK_D], dtype=torch.float32)
@@ -475,6 +503,12 @@ def _hopper_forward_kernel(
                          work, num_works, is_second, i, num_m_blocks)  # fmt: skip
         b = fast_div(bh, H)
         h = int32("{0} - {1} * {2}", bh, b, H)
+        if by_row:  # the longest first; a program that had a longer one has a shorter one next
+            work = int32("tl.where({0} % 2 > 0, (2 * {0} + 1) * {1} - 1 - {2}, {2})",
+                         this_round, num_programs, w)  # fmt: skip
+            is_valid = int32("{0} < {1}", work, num_works)
+            work = int32("tl.minimum({0}, {1} - 1)", work, num_works)
+            b, h, m_block = load_work(ranges, ranges_strides, work, H, num_m_blocks)
         hk = fast_div(h, group)
         rows = (m_block + 1) * block_m + (hl.arange(block_m) - block_m)  # rule 2
         last_key = torch.clamp(rows + diagonal, max=N - 1)
@@ -482,10 +516,9 @@ def _hopper_forward_kernel(
         n_start = keys_start(int32("{0} * {1}", m_block, block_m), low, block_n) if windowed else 0
         first_key = torch.clamp(rows + low, min=0) if windowed else 0
         if by_row:
-            valid_b = int32("{0} * {1}", b, is_valid)  # without work left b may be B
-            first_key = load_row_vector(visible, visible_strides, valid_b, 0, rows)
-            last_key = load_row_vector(visible, visible_strides, valid_b, 1, rows)
-            n_start, n_end = load_range(ranges, ranges_strides, valid_b, m_block, block_n)
+            first_key = load_row_vector(visible, visible_strides, b, 0, rows)
+            last_key = load_row_vector(visible, visible_strides, b, 1, rows)
+            n_start, n_end = load_range(ranges, ranges_strides, b, m_block, block_n)
         n_end = int32("{0} * {1}", n_end, is_valid)
 
         m_i = hl.full([block_m], lowest, dtype=torch.float32)
@@ -544,7 +577,7 @@ def _hopper_forward_kernel(
                 l_i = l_i + torch.sum(p_rounded, -1)
                 if exact_lse:
                     l_exact = l_exact + torch.sum(p, -1)
-                if not (exact_lse and BLOCK_D < 256):  # that case needs p itself after the loop
+                if masked or not exact_lse or BLOCK_D == 256:  # else the mask after the loop needs p
                     p = p_rounded
         # The last tile: mask it, then multiply it.
         n_last = n_end - block_n
@@ -639,14 +672,15 @@ def _dkdv_kernel(
     q: torch.Tensor, do: torch.Tensor,  # [B, H, M, head_dim]
     lse_log2: torch.Tensor, minus_delta: torch.Tensor,  # [B, H, M], of delta_kernel
     k: torch.Tensor, v: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor,  # [B, Hk, N, head_dim]
-    ds: torch.Tensor,  # ds^T, [B, H, N, M], N and M padded to multiples of 128
+    ds: torch.Tensor,  # ds^T, [B, H, N, M], N and M padded to multiples of 128; or a band of it
     visible: torch.Tensor,  # [B, 2, M], int32
-    ranges: torch.Tensor,  # [B, 2, number of blocks of 128 keys], int32
+    ranges: torch.Tensor,  # [3, B, number of blocks of 128 keys], int32
     scale: float, qk_scale: float, cap_scale: float, head_dim: int, low: int, diagonal: int,
     block_m: hl.constexpr, block_n: hl.constexpr, windowed: hl.constexpr, by_row: hl.constexpr,
     capped: hl.constexpr,
     masked: hl.constexpr,  # some key is hidden
     write_ds: hl.constexpr, with_dk: hl.constexpr, with_dv: hl.constexpr,
+    is_band: hl.constexpr,  # column 0 of ds is the first query that sees a key of the tile
     tma: hl.constexpr,  # read by TMA, and specialise as hopper_forward_kernel does
 ) -> torch.Tensor:  # fmt: skip
     """dk and dv of a tile of keys, which walks over the queries of all heads that share the keys.
@@ -667,6 +701,8 @@ def _dkdv_kernel(
         bh, n_block = head_and_block(w, B * Hk, num_n_blocks)  # block 0: the most queries see it
         b = int32("{0} // {1}", bh, Hk)
         hk = int32("{0} - {1} * {2}", bh, b, Hk)
+        if by_row and tma:
+            b, hk, n_block = load_work(ranges, ranges_strides, w, Hk, num_n_blocks)
         keys = (n_block + 1) * block_n + (hl.arange(block_n) - block_n)  # rule 2
         d = hl.arange(BLOCK_D)
         if write_ds or with_dv:
@@ -697,7 +733,8 @@ def _dkdv_kernel(
             m = int32("{0} + ({1} - {2} * {3}) * {4}", m_start, i, g, steps, block_m)
             rows = m + hl.arange(block_m)
             q_tile = load_tile(q, b, h, rows, d, head_dim, tma)
-            ds_index = [b.to(rows.dtype), h.to(rows.dtype), keys[:, None], rows[None, :]]
+            columns = rows - m_start if is_band else rows
+            ds_index = [b.to(rows.dtype), h.to(rows.dtype), keys[:, None], columns[None, :]]
             if write_ds or with_dv:
                 do_tile = load_tile(do, b, h, rows, d, head_dim, tma)
                 if not capped:
@@ -727,9 +764,10 @@ def _dkdv_kernel(
                     from_diagonal = int32("{0} + {1} - {2} * {3}", m, diagonal, n_block, block_n)
                     distance = (from_diagonal - hl.arange(block_n))[:, None]
                     distance = distance + hl.arange(block_m)[None, :]
-                    p = torch.where(distance >= 0, p, 0.0)
-                    if windowed:
-                        p = torch.where(distance <= diagonal - low, p, 0.0)
+                    sees = distance >= 0
+                    if windowed:  # one torch.where: with two, 430 instructions idle, not 232
+                        sees = sees & (distance <= diagonal - low)
+                    p = torch.where(sees, p, 0.0)
                 if with_dv:
                     dv_acc = hl.dot(p.to(v.dtype), do_tile, acc=dv_acc)
                 ds_tile = (p * dp).to(k.dtype)
@@ -751,6 +789,7 @@ def _dq_kernel(
     ranges: torch.Tensor,  # as forward_kernel's
     scale: float, head_dim: int, low: int, diagonal: int,
     block_m: hl.constexpr, block_n: hl.constexpr, windowed: hl.constexpr, by_row: hl.constexpr,
+    band: hl.constexpr,  # keys in a tile of dkdv_kernel, if is_band there; else 0
 ) -> torch.Tensor:  # fmt: skip
     """dq of a tile of queries, from the ds that dkdv_kernel wrote."""
     B, H, M, BLOCK_D = dq.size()
@@ -777,7 +816,11 @@ def _dq_kernel(
         acc = hl.zeros([block_m, BLOCK_D], dtype=torch.float32)
         for n in hl.grid(n_start, n_end, block_n):
             keys = n + hl.arange(block_n)
-            ds_index = [b.to(keys.dtype), h.to(keys.dtype), keys[:, None], rows[None, :]]
+            column_0 = keys * 0
+            if band:
+                column_0 = torch.clamp((keys // band * band - diagonal) // 128 * 128, min=0)
+            ds_index = [b.to(keys.dtype), h.to(keys.dtype), keys[:, None],
+                        rows[None, :] - column_0[:, None]]  # fmt: skip
             # ds of keys from n_end on was never written.
             ds_tile = hl.load(ds, ds_index, extra_mask=(keys < n_end)[:, None])
             k_tile = load_tile(k, b, hk, keys, d, head_dim, False)
@@ -810,6 +853,8 @@ def _hopper_dq_kernel(
         m_block = int32("{0} - 1 - {1}", num_m_blocks, m_block)  # the last see most keys
         b = int32("{0} // {1}", bh, H)
         h = int32("{0} - {1} * {2}", bh, b, H)
+        if by_row:
+            b, h, m_block = load_work(ranges, ranges_strides, w, H, num_m_blocks)
         hk = int32("{0} // {1}", h, group)
         rows = (m_block + 1) * block_m + (hl.arange(block_m) - block_m)  # rule 2
         d = hl.arange(BLOCK_D)
@@ -951,6 +996,7 @@ _compiling = threading.RLock()
 # "tf32x3" multiplies float32 inputs as three tf32 products each, which keeps float32's precision on
 # tensor cores. It does not touch bf16 and fp16.
 _kernel = functools.partial(helion.kernel, static_shapes=False, dot_precision="tf32x3")
+ranges_kernel = _kernel(_ranges_kernel)
 forward_kernel, hopper_forward_kernel = _kernel(_forward_kernel), _kernel(_hopper_forward_kernel)
 merge_kernel, delta_kernel = _kernel(_merge_kernel), _kernel(_delta_kernel)
 dkdv_kernel, dq_kernel = _kernel(_dkdv_kernel), _kernel(_dq_kernel)
@@ -1135,25 +1181,33 @@ def _scales(scale, softcap):
     return scale * LOG2E, 0.0  # not read
 
 
-def _query_ranges(visible, N):
-    """[B, 2, number of blocks of 128 queries], int32: the first key that a row of the block sees,
-    and the last one plus 1."""
-    first, last = visible.unbind(1)
-    sees = first <= last
-    blocks = lambda x, fill: torch.nn.functional.pad(
-        x.where(sees, fill), (0, -x.size(1) % 128), value=fill).unflatten(1, (-1, 128))  # fmt: skip
-    return torch.stack((blocks(first, N).amin(-1), blocks(last + 1, 0).amax(-1)), 1)
+def _query_ranges(intervals, N):
+    """`visible` and ranges of blocks of 128 queries, as the kernels take them."""
+    B, _, M = intervals.shape
+    padded_m = (M + 3) // 4 * 4  # TMA needs strides of multiples of 16 bytes
+    visible = intervals.new_empty_strided((B, 2, M), (2 * padded_m, padded_m, 1))
+    ranges = intervals.new_empty((3, B, _cdiv(M, 128)))
+    layout = torch.int32, 0, intervals.device, False, False
+    launch(ranges_kernel, configs.RANGES, (intervals, visible, ranges), (N,), (), layout)
+    return visible, _with_order(ranges)
+
+
+def _with_order(ranges):
+    """Fill ranges[2]: the blocks of all batches, from the longest loop to the shortest."""
+    begin, end, order = ranges.unbind(0)
+    order.copy_((begin - end).flatten().argsort().view_as(end))
+    return ranges
 
 
 def _key_ranges(query_ranges, N):
-    """[B, 2, number of blocks of 128 keys], int32: all queries that see a key of the block lie from
-    the first number to the second minus 1. Both are multiples of 128."""
-    begin, end = query_ranges.unsqueeze(2).unbind(1)
+    """ranges of blocks of 128 keys: all queries that see a key of the block lie from the first
+    number to the second minus 1. Both are multiples of 128."""
+    begin, end, _ = query_ranges.unsqueeze(2).unbind(0)
     key = torch.arange(0, N, 128, dtype=torch.int32, device=begin.device).unsqueeze(1)
     query = torch.arange(0, 128 * begin.size(2), 128, dtype=torch.int32, device=begin.device)
     meets = (begin < key + 128) & (key < end)
     end = (query + 128).where(meets, 0).amax(-1)
-    return torch.stack((query.where(meets, 2**30).amin(-1).minimum(end), end), 1)
+    return _with_order(torch.stack((query.where(meets, 2**30).amin(-1).minimum(end), end, end)))
 
 
 def _forward(q, k, v, visible, mask, scale, softcap, config, exact_lse):
@@ -1210,7 +1264,7 @@ def _forward(q, k, v, visible, mask, scale, softcap, config, exact_lse):
     plain_kernel = WIDE[forward_kernel] if any(is_wide) else forward_kernel
     layout = q.dtype, block_d, q.device, D % 16 == 0 and all(aligned), False  # no float32 sums
     block_m, block_n = tuning.block_m, tuning.block_n
-    intervals = (visible, _query_ranges(visible, N)) if by_row else (lse, lse)  # not read
+    intervals = _query_ranges(visible, N) if by_row else (lse, lse)  # not read
     tensors, capped = (q, k, v, out, lse, *intervals), bool(softcap)
     keys_per_part = N
     if split:
@@ -1236,7 +1290,7 @@ def _forward(q, k, v, visible, mask, scale, softcap, config, exact_lse):
     masked = windowed or not is_dense and (diagonal % block_n > 0 or block_n < block_m)
     if running_max or block_d == 256:
         masked = not is_dense or N % block_n > 0
-    paired = int(not is_dense and B * H * _cdiv(M, block_m) > num_programs)
+    paired = int(not is_dense and not by_row and B * H * _cdiv(M, block_m) > num_programs)
     constants = block_m, block_n, windowed, by_row, capped, masked, running_max, (
         exact_lse and not running_max)
     hopper_numbers = *numbers, num_programs, paired
@@ -1285,20 +1339,27 @@ def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, softcap, needs_
     windowed = by_row or low > -M
     query_ranges = key_ranges = lse  # not read
     if by_row:
-        query_ranges = _query_ranges(visible, N)
+        visible, query_ranges = _query_ranges(visible, N)
         key_ranges = _key_ranges(query_ranges, N)
 
     # Tunings of dkdv_kernel, of the kernel for dq, and of dkdv_kernel for dk alone, or None.
     # dq_kernel needs ds in memory, hopper_dq_kernel does not. Wide tensors take the plain kernels,
     # and so does a launch that writes only ds: Triton does not specialise its warps.
-    tunings = configs.best_gradient(_gpu(q.device)[0], D, q.dtype)
+    tunings = configs.best_gradient(_gpu(q.device)[0], D, q.dtype, by_row=by_row)
     is_wide, for_tma, aligned = zip(*map(_facts, (q, k, v, do, out, dq, dk, dv)))
     is_wide = any(is_wide) or max(q.numel(), k.numel(), B * H * padded_m) >= 2**31
-    keep_ds = tunings[1].kernel == "dq" or is_wide
-    batches, heads, rows = B, Hk, padded_m
+    keep_ds, is_band = tunings[1].kernel == "dq" or is_wide, False
+    batches, heads, rows, width = B, Hk, padded_m, padded_m
     if keep_ds:
-        batches, heads, rows = _chunks(B, Hk, group, padded_m, padded_n, q.element_size())
-        is_wide |= batches * heads * group * padded_n * rows >= 2**31
+        if windowed and not by_row:  # at most so many queries see a tile of keys
+            width = min(padded_m, (diagonal - low + 382) // 128 * 128)
+        batches, heads, rows = _chunks(B, Hk, group, width, padded_n, q.element_size())
+        if rows < width < padded_m:  # the band of one head does not fit
+            width = padded_m
+            batches, heads, rows = _chunks(B, Hk, group, width, padded_n, q.element_size())
+        is_band = width < padded_m
+        width, rows = (width, padded_m) if is_band else (rows, rows)
+        is_wide |= batches * heads * group * padded_n * width >= 2**31
     if is_wide or keep_ds and not needs_kv:
         tunings = configs.best_gradient(_gpu(q.device)[0], D, q.dtype, specialised=False)
     of_dkdv, of_dq, of_dk = tunings
@@ -1314,7 +1375,7 @@ def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, softcap, needs_
     lse_log2, minus_delta = (  # TMA reads them: strides are multiples of 16 bytes
         lse.new_empty_strided((B, H, M), (H * padded_m, padded_m, 1)) for _ in range(2))
     # ds is small where it is not written.
-    ds = q.new_empty((batches, heads * group, padded_n, rows) if write_ds else (1, 1, 128, 128))
+    ds = q.new_empty((batches, heads * group, padded_n, width) if write_ds else (1, 1, 128, 128))
     is_whole, is_summed = (batches, heads) == (B, Hk) and rows >= M, needs_kv and rows < M
     if is_summed:  # over chunks of queries, in float32
         dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (dk, dv))
@@ -1336,21 +1397,23 @@ def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, softcap, needs_
         visible_, of_queries_, of_keys_ = visible if by_row else lse, query_ranges, key_ranges
         if by_row and not is_whole:
             visible_ = visible[bs, :, ms]
-            of_queries_ = query_ranges[bs, :, m // 128 : (m + rows) // 128]
-            of_keys_ = (key_ranges[bs] - m).clamp(0, 128 * of_queries_.size(2))
+            of_queries_ = query_ranges[:, bs, m // 128 : (m + rows) // 128]
+            of_keys_ = (key_ranges[:, bs] - m).clamp(0, 128 * of_queries_.size(2))
         if is_summed:
             dk_sum, dv_sum, dk_, dv_ = dk_, dv_, torch.empty_like(dk_), torch.empty_like(dv_)
         masked = windowed or diagonal < N
         tensors = q_, do_, lse_, delta_, k_, v_, dk_, dv_, ds, visible_, of_keys_
         for tuning, *mode in modes:
-            constants = tuning.block_m, tuning.block_n, windowed, by_row, capped, masked, *mode, tma
+            constants = (tuning.block_m, tuning.block_n, windowed, by_row, capped, masked, *mode,
+                         is_band, tma)  # fmt: skip
             launch(of_keys, tuning, tensors, (*scales, *numbers), constants,
                    (*layout[:4], is_summed))  # fmt: skip
         if is_summed:
             dk_sum += dk_
             dv_sum += dv_
         if needs_q and keep_ds:
-            constants = of_dq.block_m, of_dq.block_n, windowed, by_row
+            band = of_dkdv.block_n * is_band
+            constants = of_dq.block_m, of_dq.block_n, windowed, by_row, band
             tensors = dq_, k_, ds, of_queries_
             launch(of_queries, of_dq, tensors, (scale, *numbers), constants, layout)
         elif needs_q:
@@ -1631,11 +1694,7 @@ def flash_attention(
         scale, padded_d = D**-0.5 if scale is None else scale, (max(D, Dv) + 7) // 8 * 8
         q, k, v = (torch.nn.functional.pad(x, (0, padded_d - x.size(3))) for x in (q, k, v))
     if visible is not None:
-        # TMA needs rows of a multiple of 16 bytes: those that are added see no key.
-        first, last = (
-            torch.nn.functional.pad(x.expand(q.size(0), -1), (0, -q.size(2) % 4), value=value)
-            for x, value in zip(visible, (0, -1)))  # fmt: skip
-        visible = torch.stack((first.clamp(0, k.size(2)), last.clamp(-1, k.size(2) - 1)), 1)
+        visible = torch.stack([x.expand(q.size(0), -1) for x in visible], 1)
     mask = int(is_causal), *_limits(window)
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if config is not None:
