@@ -38,8 +38,8 @@ LENGTHS, TOKENS, WIDTH = (512, 1024, 2048, 4096, 8192, 16384), 16384, 2048
 DECODE = ((1, 1, 1024), (1, 1, 8192), (1, 1, 65536), (8, 1, 4096), (64, 1, 2048), (32, 1, 8192),
           (1, 4, 8192))  # batch, queries, keys; 32 heads, 8 of keys, head dim 128
 REPORT = ("Helion", "PyTorch")  # PyTorch: SDPA with the backend that it chooses by itself
-LIBRARIES = (("FA2", "flash_attn"), ("FA3", "flash_attn_interface"), ("FA3", "fa3_fwd_interface"),
-             ("FA4", "flash_attn.cute"))  # fmt: skip
+LIBRARIES = (("FA3", "flash_attn_interface"), ("FA3", "fa3_fwd_interface"), ("FA2", "flash_attn"),
+             ("FA4", "flash_attn.cute"))  # FA3 first: beside FA4's namespace it fails to import
 PACKAGES = ("torch", "triton", "helion", "flash-attn", "flash-attn-3", "fa3-fwd", "flash-attn-4")
 INSTALLED = {x.name.replace("_", "-") for x in importlib.metadata.distributions()}
 say = functools.partial(print, file=sys.stderr, flush=True)

@@ -127,10 +127,9 @@ def sdpa(q, k, v, is_causal=False, scale=None, softcap=None):
 # ---- 2. The cases --------------------------------------------------------------------------------
 HEAD_DIMS = (16, 32, 64, 128, 256)  # others are padded with zeros
 D = 128 if GPU else 64  # the head dim of most cases; the interpreter is slow
-GENERAL = configs.best((9, 0), 128, torch.bfloat16, 1, 1, 1)  # forward_kernel's Tuning on Hopper
 NAMED = {**configs.CONFIGS, "hopper": configs.HOPPER, "hopper_64": configs.HOPPER_64,
-         "hopper_256": configs.HOPPER_256, "general": GENERAL, "default": None,
-         "blackwell": configs.BLACKWELL_CUTE}  # fmt: skip
+         "hopper_256": configs.HOPPER_256, "few": configs.HOPPER_FEW,
+         "general": configs.HOPPER_GENERAL, "default": None, "blackwell": configs.BLACKWELL_CUTE}  # fmt: skip
 LOWER_RIGHT = CausalVariant.LOWER_RIGHT
 MASKS = {"dense": False, "upper_left": True, "lower_right": LOWER_RIGHT}
 WINDOWS = {"window": (False, (70, 40)), "left": (False, (150, None)), "right": (False, (-1, 90)),
@@ -316,10 +315,12 @@ CODE = [  # name, bytes that may spill, threads of first and last kernels, machi
     *(("hopper_gradient", SPILL, 384, last,
        *(("gradient", 90, dim, *case) for case in (DENSE, RAGGED, CAUSAL))) for dim, last in (
           (64, (384, 384)), (128, (384, 256)), (256, (256, 256, 256)))),
-    # The same with a window, and with `visible`.
+    # The same with a window, ds a band or not, and with `visible`.
     *(("hopper_code", SPILL_ROWS, 384, (), *(
-        ("gradient", 90, dim, *DENSE, False, 1, 4096, None, window) for window in (1000, BY_ROW)))
+        ("gradient", 90, dim, *DENSE, is_causal, 1, 4096, None, window)
+        for is_causal, window in ((False, 1000), (True, 500), (False, BY_ROW))))
       for dim in (64, 128, 256)),
+    ("hopper_code", 16, None, (), ("few", 90, 128), ("few", 90, 128, *FP16, True)),
     # The same with a softcap; with `visible` the plain dkdv_kernel for D = 256 spills 392 bytes.
     *(("hopper_code", 392 if dim == 256 else 256, 384, last, *(
         ("gradient", 90, dim, *DENSE, False, 1, 4096, None, window, 50.0)

@@ -9,12 +9,13 @@ A map, from top to bottom:
     forward_kernel          the textbook loop: any GPU, any strides. Read this one first.
     merge_kernel            joins results over parts of the keys, for few queries (`split`).
     hopper_forward_kernel   the same loop in the order that keeps an H100's tensor cores busy.
-    delta, dkdv, dq         the gradient; hopper_dq_kernel for head dims 40 to 64 (padded: 64).
+    delta, dkdv, dq         the gradient; hopper_dq_kernel for head dims 40 to 64, or `visible`.
     report_kernel           the loop of the published report, and of Helion's Blackwell backend.
     Launching               what is compiled, what is kept.
     _forward, _backward     allocate, choose, launch.
     flash_attention         the public function; above it the operators and autograd.
-    packed, padded          make `visible` for packed and padded batches: by_row in the kernels.
+    packed, padded          make `visible` for packed and padded batches: by_row in the kernels,
+                            which ranges_kernel and order_kernel prepare.
 
 The algorithm is FlashAttention-2 (Dao, arXiv:2307.08691): a tile of queries walks over the keys and
 keeps each row's maximum m_i, sum l_i and unnormalised output acc. The Hopper schedule is that of
@@ -646,8 +647,10 @@ def _hopper_forward_kernel(
 # (FlashAttention-2, algorithm 2.) dkdv_kernel computes ds and writes it; dq_kernel reads it.
 # To compute ds again for dq takes 9 to 18% longer at D = 128. At D = 64 ds is as large as at 128,
 # and the products are half as large: on Hopper hopper_dq_kernel computes ds again (H100: 11% less
-# time dense, 14% causal; and no memory for ds). One program sums each gradient, in one order: the
-# same bits at every run.
+# time dense, 14% causal; and no memory for ds). With `visible` up to D = 128, too: ds would need
+# memory for N * M in many launches (packed: 0.56 of the time). With a window ds is a band: its
+# column 0 is the first query that sees the tile of keys (one launch, not eight: 0.95 of the time).
+# One program sums each gradient, in one order: the same bits at every run.
 
 
 def _delta_kernel(
@@ -794,10 +797,10 @@ def _dkdv_kernel(
                 ds_tile = (p * dp).to(k.dtype)
             else:
                 ds_tile = hl.load(ds, ds_index)
-            if with_dk:
-                dk_acc = hl.dot(ds_tile, q_tile, acc=dk_acc)
             if write_ds:
                 hl.store(ds, ds_index, ds_tile)
+            if with_dk:
+                dk_acc = hl.dot(ds_tile, q_tile, acc=dk_acc)
         if with_dk:
             store_tile(dk, b, hk, keys, d, head_dim, dk_acc * scale)
         if with_dv:
@@ -1017,7 +1020,8 @@ _compiling = threading.RLock()
 # "tf32x3" multiplies float32 inputs as three tf32 products each, which keeps float32's precision on
 # tensor cores. It does not touch bf16 and fp16.
 _kernel = functools.partial(helion.kernel, static_shapes=False, dot_precision="tf32x3")
-ranges_kernel, order_kernel = _kernel(_ranges_kernel), _kernel(_order_kernel)
+ranges_kernel = _kernel(_ranges_kernel, index_dtype=torch.int64)
+order_kernel = _kernel(_order_kernel)
 forward_kernel, hopper_forward_kernel = _kernel(_forward_kernel), _kernel(_hopper_forward_kernel)
 merge_kernel, delta_kernel = _kernel(_merge_kernel), _kernel(_delta_kernel)
 dkdv_kernel, dq_kernel = _kernel(_dkdv_kernel), _kernel(_dq_kernel)
@@ -1203,20 +1207,19 @@ def _scales(scale, softcap):
 
 
 def _query_ranges(intervals, N):
-    """`visible` and ranges of blocks of 128 queries, as the kernels take them."""
+    """`visible` and ranges of blocks of 128 queries, as the kernels take them, without order."""
     B, _, M = intervals.shape
     padded_m = (M + 3) // 4 * 4  # TMA needs strides of multiples of 16 bytes
     visible = intervals.new_empty_strided((B, 2, M), (2 * padded_m, padded_m, 1))
     ranges = intervals.new_empty((3, B, _cdiv(M, 128)))
     layout = torch.int32, 0, intervals.device, False, False
     launch(ranges_kernel, configs.RANGES, (intervals, visible, ranges), (N,), (), layout)
-    return visible, _with_order(ranges)
+    return visible, ranges
 
 
-def _with_order(ranges):
+def _add_order(ranges):
     layout = torch.int32, 0, ranges.device, False, False
     launch(order_kernel, configs.RANGES, (ranges.view(3, 1, -1),), (), (), layout)
-    return ranges
 
 
 def _key_ranges(query_ranges, N):
@@ -1227,7 +1230,7 @@ def _key_ranges(query_ranges, N):
     query = torch.arange(0, 128 * begin.size(2), 128, dtype=torch.int32, device=begin.device)
     meets = (begin < key + 128) & (key < end)
     end = (query + 128).where(meets, 0).amax(-1)
-    return _with_order(torch.stack((query.where(meets, 2**30).amin(-1).minimum(end), end, end)))
+    return torch.stack((query.where(meets, 2**30).amin(-1).minimum(end), end, end))
 
 
 def _forward(q, k, v, visible, mask, scale, softcap, config, exact_lse):
@@ -1285,6 +1288,8 @@ def _forward(q, k, v, visible, mask, scale, softcap, config, exact_lse):
     layout = q.dtype, block_d, q.device, D % 16 == 0 and all(aligned), False  # no float32 sums
     block_m, block_n = tuning.block_m, tuning.block_n
     intervals = _query_ranges(visible, N) if by_row else (lse, lse)  # not read
+    if by_row and tuning.kernel == "hopper_forward":
+        _add_order(intervals[1])
     tensors, capped = (q, k, v, out, lse, *intervals), bool(softcap)
     keys_per_part = N
     if split:
@@ -1374,7 +1379,7 @@ def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, softcap, needs_
         if windowed and not by_row:  # at most so many queries see a tile of keys
             width = min(padded_m, (diagonal - low + 382) // 128 * 128)
         batches, heads, rows = _chunks(B, Hk, group, width, padded_n, q.element_size())
-        if rows < width < padded_m:  # the band of one head does not fit
+        if rows < width < padded_m:  # the band does not fit
             width = padded_m
             batches, heads, rows = _chunks(B, Hk, group, width, padded_n, q.element_size())
         is_band = width < padded_m
@@ -1386,6 +1391,9 @@ def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, softcap, needs_
     if (tma := of_dkdv.kernel == "hopper_dkdv") and not all(for_tma[:4]):
         q, k, v, do = map(_for_tma, (q, k, v, do))
         aligned = [_facts(x)[2] for x in (q, k, v, do, out, dq, dk, dv)]
+    if by_row and of_dq.kernel == "hopper_dq":  # chunks, and plain kernels, have no order
+        _add_order(query_ranges)
+        _add_order(key_ranges)
     dk_apart = needs_kv and of_dk is not None
     write_ds = keep_ds and needs_q or dk_apart
     # Launches of dkdv_kernel: (Tuning, write_ds, with_dk, with_dv).
@@ -1687,17 +1695,18 @@ def flash_attention(
     no key. out is the same, bit for bit.
     Differentiable once, with respect to q, k, v and sinks, through out and lse; the same bits at
     each run.
-    The gradient takes up to 1 GB for a while; on Hopper for head dims from 40 to 64, nothing.
+    The gradient takes up to 1 GB for a while; on Hopper nothing for head dims from 40 to 64, and
+    with visible up to 128.
     The Hopper kernels read copies of tensors that TMA cannot read: rows that are not contiguous or
     do not start at multiples of 16 bytes, expanded batches, and a q whose head dim is padded and
     whose heads interleave in memory.
     The first call of a kind compiles for seconds. Kinds differ in dtype, padded head dim, mask,
     softcap or none, alignment, config, return_lse, and the gradients that are needed. So do tensors
     of 2^31 elements. On Hopper these lengths are kinds of their own: N <= 128; up to D = 128,
-    N <= 1024 and 66 blocks of 128 queries at most; bf16 up to D = 64, M < 1024 or B * H * M < 2^17;
-    dense float16 up to D = 128, N % 128 > 0; dense D > 128, N % 64 > 0; LOWER_RIGHT,
-    (N - M) % 128 > 0. So are, on each GPU, few queries with more than 256 keys: H / Hk * M up to
-    16, 32 and 64. A CUDA graph cannot capture a first call.
+    66 blocks of 128 queries and N <= 1024, or 132 and N <= 512; bf16 up to D = 64, M < 1024 or
+    B * H * M < 2^17; dense float16 up to D = 128, N % 128 > 0; dense D > 128, N % 64 > 0;
+    LOWER_RIGHT, (N - M) % 128 > 0. So are, on each GPU, few queries with more than 256 keys:
+    H / Hk * M up to 16, 32 and 64. A CUDA graph cannot capture a first call.
     Under torch.compile, torch.export and dispatch modes (make_fx, FlopCounterMode, selective
     checkpointing), and for subclasses of Tensor, it is one operator, and config has to be None.
     Under autocast q, k and v are cast as SDPA's are.
