@@ -21,6 +21,7 @@ import os
 import random
 import statistics
 import sys
+import textwrap
 import time
 
 import check  # first: it chooses between the GPU and the interpreter before triton is imported
@@ -307,7 +308,8 @@ def plot(path, record):
         ax.set(title=case, xticks=LENGTHS, xticklabels=LENGTHS)
         ax.legend(fontsize=7)
     plt.setp(axes, ylim=(0, None))
-    figure.supxlabel(f"TFLOPS by length, {TOKENS:,} tokens a batch\n{record['about']}", fontsize=8)
+    about = textwrap.fill(record["about"], 130)
+    figure.supxlabel(f"TFLOPS by length, {TOKENS:,} tokens a batch\n{about}", fontsize=8)
     figure.savefig(path, dpi=150)
 
 

@@ -128,8 +128,8 @@ def sdpa(q, k, v, is_causal=False, scale=None, softcap=None):
 HEAD_DIMS = (16, 32, 64, 128, 256)  # others are padded with zeros
 D = 128 if GPU else 64  # the head dim of most cases; the interpreter is slow
 NAMED = {**configs.CONFIGS, "hopper": configs.HOPPER, "hopper_64": configs.HOPPER_64,
-         "hopper_256": configs.HOPPER_256, "few": configs.HOPPER_FEW,
-         "general": configs.HOPPER_GENERAL, "default": None, "blackwell": configs.BLACKWELL_CUTE}  # fmt: skip
+         "hopper_256": configs.HOPPER_256, "few": configs.HOPPER_FEW, "default": None,
+         "general": configs.HOPPER_GENERAL, "blackwell": configs.BLACKWELL_CUTE}  # fmt: skip
 LOWER_RIGHT = CausalVariant.LOWER_RIGHT
 MASKS = {"dense": False, "upper_left": True, "lower_right": LOWER_RIGHT}
 WINDOWS = {"window": (False, (70, 40)), "left": (False, (150, None)), "right": (False, (-1, 90)),
