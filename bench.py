@@ -342,7 +342,8 @@ def arguments():
     args.sweep |= args.plot is not None
     timed = args.backward or args.sweep or args.autotune or args.decode
     special = timed or args.causal or args.kv_heads is not None
-    names = [args.config] if args.config else ["default"] if special else [*configs.CONFIGS]
+    ours = special or args.shape
+    names = [args.config] if args.config else ["default"] if ours else [*configs.CONFIGS]
     D = args.head_dim
     sweep = [(TOKENS // n, WIDTH // max(1, D), n, D) for n in LENGTHS if args.sweep]
     shapes = [args.autotune] if args.autotune else args.shape or sweep

@@ -95,11 +95,11 @@ _HOPPER = helion.Config(
 HOPPER = Tuning("hopper_forward", 128, 128, _HOPPER, head_dim=128)
 HOPPER_64 = Tuning("hopper_forward", 256, 64, _HOPPER, head_dim=64)  # reads K half as often
 HOPPER_256 = Tuning("hopper_forward", 128, 64, _HOPPER)  # 229,664 of 232,448 bytes shared
-# forward_kernel on Hopper: the fix-up, and each call that hopper_forward_kernel does not take.
-HOPPER_FEW = _general(64, 64, 4, 3)  # two CTAs an SM
+# forward_kernel on Hopper: small calls, two CTAs an SM; the fix-up and what no Hopper kernel takes.
+HOPPER_FEW = _general(64, 64, 4, 3)
 HOPPER_GENERAL, HOPPER_GENERAL_256 = _general(128, 128, 8, 2), _general(128, 64, 8, 2)
-# The gradient keeps k and v of a tile in shared memory; TMA loads q, do, lse and delta. dq computes
-# ds again: for D = 64, and where `visible` leaves open how much ds there is.
+# hopper_dkdv keeps k and v of a tile in shared memory, hopper_dq q and do; TMA loads the rest.
+# hopper_dq: D = 64, and D = 128 with `visible`, where the size of ds is not known.
 _HOPPER_GRADIENT = dict(host_tensor_descriptors=True, indexing="tensor_descriptor", pid_type="flat",
                         range_num_stages=[0, 2], range_warp_specializes=[None, True])  # fmt: skip
 HOPPER_DKDV, HOPPER_DKDV_64, HOPPER_DQ, HOPPER_DQ_64 = (
@@ -169,7 +169,7 @@ def best(capability, head_dim, dtype, heads, M, N):
     if capability == (9, 0):
         if not SPECIALISED:
             warn_of_plain_kernels()
-        # Few short tiles: twice as many, without a fix-up, take 0.71 to 1.00 of the time.
+        # Tiles for half, or all, of 132 SMs: with 64 rows and no fix-up 0.71 to 1.00 of the time.
         tiles = heads * -(-M // 128)
         if head_dim <= 128 and (tiles <= 66 and N <= 1024 or tiles <= 132 and N <= 512):
             return HOPPER_FEW

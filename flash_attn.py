@@ -9,7 +9,7 @@ A map, from top to bottom:
     forward_kernel          the textbook loop: any GPU, any strides. Read this one first.
     merge_kernel            joins results over parts of the keys, for few queries (`split`).
     hopper_forward_kernel   the same loop in the order that keeps an H100's tensor cores busy.
-    delta, dkdv, dq         the gradient; hopper_dq_kernel for head dims 40 to 64, or `visible`.
+    delta, dkdv, dq         the gradient; hopper_dq_kernel for D 33 to 64, `visible` to 128.
     report_kernel           the loop of the published report, and of Helion's Blackwell backend.
     Launching               what is compiled, what is kept.
     _forward, _backward     allocate, choose, launch.
@@ -204,7 +204,7 @@ def load_row_vector(x, strides, b, h, rows):
 
 
 def load_range(ranges, strides, b, block_index, block=1):
-    """Begin and end of the loop of block `block_index`: ranges[:2, b, block_index], widened to
+    """Start and end of the loop of block `block_index`: ranges[:2, b, block_index], widened to
     whole tiles of `block`."""
     like = hl.zeros([], dtype=torch.int32)
     begin = load_numbers(ranges, strides, 0, b, block_index, like)
@@ -213,7 +213,7 @@ def load_range(ranges, strides, b, block_index, block=1):
 
 
 def load_work(ranges, strides, i, num_heads, num_blocks):
-    """b, h and block of work i: all heads of the block with the longest loop, then of the next."""
+    """b, h and block of program i. ranges[2, 0, i // num_heads] is b * num_blocks + block."""
     rank = int32("{0} // {1}", i, num_heads)
     block = load_numbers(ranges, strides, 2, 0, rank, hl.zeros([], dtype=torch.int32))
     h, b = int32("{0} - {1} * {2}", i, rank, num_heads), int32("{0} // {1}", block, num_blocks)
@@ -257,17 +257,18 @@ def keys_end(m_end, N, diagonal, block_n=1):
 
 
 def keys_start(m, low, block_n, least=0):
-    """The begin of a loop over keys: no row from m on sees an earlier one. At least `least`, and a
+    """The start of a loop over keys: no row from m on sees an earlier one. At least `least`, and a
     multiple of block_n."""
     return int32("tl.maximum({0}, {1} + {2}) // {3} * {3}", least, m, low, block_n)
 
 
 # ---- The forward ---------------------------------------------------------------------------------
-# Row i sees the keys from i + low to i + diagonal; low is read if windowed. With by_row, row i sees
-# the keys from visible[b, 0, i] to visible[b, 1, i]; ranges[:2, b, j] then bounds the loop of block
-# j, 128 rows: by key numbers for blocks of queries, by query numbers for blocks of keys (dkdv).
-# ranges[2] lists the blocks of all batches from the longest loop to the shortest: Hopper's programs
-# take them in this order and end together (packed, forward: 0.83 of the time).
+# Row i sees the keys i + low to i + diagonal, inclusive; low is read if windowed. With by_row (then
+# windowed is True, too) these are visible[b, 0, i] and visible[b, 1, i], and the loop of block j
+# goes from ranges[0, b, j] to ranges[1, b, j], exclusive: over keys for 128 queries, over queries
+# for 128 keys (dkdv_kernel). ranges[2] lists all blocks, b * blocks + j, from the longest loop to
+# the shortest. Only Hopper's kernels fill and read it: their programs then end together (packed,
+# forward: 0.83 of the time).
 # To add a mask: if each row sees one interval of keys, make `visible` as `packed` does: no kernel
 # changes. Otherwise add a constexpr beside `windowed` and change, in this order:
 #     the bounds of the loops over keys     keys_start, keys_end
@@ -285,8 +286,8 @@ def _ranges_kernel(
     ranges: torch.Tensor,  # [3, B, number of blocks of 128 queries]: see below
     num_keys: int,
 ) -> torch.Tensor:  # fmt: skip
-    """visible, and ranges[:2]: from the first key that a row of the block sees to the last one plus
-    1."""
+    """visible, clamped to the keys; ranges[:2]: the first key that a row of the block sees, and the
+    last one plus 1."""
     B, _, M = intervals.size()
     for tile_b, tile_m in hl.tile([B, M], block_size=[1, 128]):
         b, block = tile_b.begin, tile_m.begin // 128
@@ -301,8 +302,8 @@ def _ranges_kernel(
 
 
 def _order_kernel(ranges: torch.Tensor) -> torch.Tensor:
-    """ranges, [3, 1, all blocks]: in [2] the blocks from the longest loop to the shortest. Each
-    block counts those before it. torch.argsort takes 5 launches: 4% of a padded forward."""
+    """Sort the block numbers of ranges, [3, 1, all blocks], into ranges[2], the longest loop first.
+    A block's rank: how many come before. torch.argsort takes 5 launches: 4% of a padded forward."""
     n = ranges.size(2)
     for tile_i in hl.tile(n, block_size=32):
         length = ranges[1, 0, tile_i] - ranges[0, 0, tile_i]
@@ -524,7 +525,7 @@ def _hopper_forward_kernel(
                          work, num_works, is_second, i, num_m_blocks)  # fmt: skip
         b = fast_div(bh, H)
         h = int32("{0} - {1} * {2}", bh, b, H)
-        if by_row:  # the longest first; a program that had a longer one has a shorter one next
+        if by_row:  # the longest first; odd rounds go backwards over the programs
             work = int32("tl.where({0} % 2 > 0, (2 * {0} + 1) * {1} - 1 - {2}, {2})",
                          this_round, num_programs, w)  # fmt: skip
             is_valid = int32("{0} < {1}", work, num_works)
@@ -647,9 +648,9 @@ def _hopper_forward_kernel(
 # (FlashAttention-2, algorithm 2.) dkdv_kernel computes ds and writes it; dq_kernel reads it.
 # To compute ds again for dq takes 9 to 18% longer at D = 128. At D = 64 ds is as large as at 128,
 # and the products are half as large: on Hopper hopper_dq_kernel computes ds again (H100: 11% less
-# time dense, 14% causal; and no memory for ds). With `visible` up to D = 128, too: ds would need
-# memory for N * M in many launches (packed: 0.56 of the time). With a window ds is a band: its
-# column 0 is the first query that sees the tile of keys (one launch, not eight: 0.95 of the time).
+# time dense, 14% causal; and no memory for ds). With `visible` at D = 128, too: ds would need
+# memory for N * M in many launches (packed: 0.56 of the time). With a window ds is a band, if that
+# fits: column 0 is m_start of the tile of keys (one launch, not eight: 0.95 of the time).
 # One program sums each gradient, in one order: the same bits at every run.
 
 
@@ -696,7 +697,7 @@ def _dkdv_kernel(
     q: torch.Tensor, do: torch.Tensor,  # [B, H, M, head_dim]
     lse_log2: torch.Tensor, minus_delta: torch.Tensor,  # [B, H, M], of delta_kernel
     k: torch.Tensor, v: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor,  # [B, Hk, N, head_dim]
-    ds: torch.Tensor,  # ds^T, [B, H, N, M], N and M padded to multiples of 128; or a band of it
+    ds: torch.Tensor,  # ds^T, [B, H, N, M], N and M padded to 128s; if is_band: fewer than M
     visible: torch.Tensor,  # [B, 2, M], int32
     ranges: torch.Tensor,  # [3, B, number of blocks of 128 keys], int32
     scale: float, qk_scale: float, cap_scale: float, head_dim: int, low: int, diagonal: int,
@@ -704,7 +705,7 @@ def _dkdv_kernel(
     capped: hl.constexpr,
     masked: hl.constexpr,  # some key is hidden
     write_ds: hl.constexpr, with_dk: hl.constexpr, with_dv: hl.constexpr,
-    is_band: hl.constexpr,  # column 0 of ds is the first query that sees a key of the tile
+    is_band: hl.constexpr,  # column 0 of a tile's ds is its m_start, as in dq_kernel
     tma: hl.constexpr,  # read by TMA, and specialise as hopper_forward_kernel does
 ) -> torch.Tensor:  # fmt: skip
     """dk and dv of a tile of keys, which walks over the queries of all heads that share the keys.
@@ -768,8 +769,8 @@ def _dkdv_kernel(
                     first_key = load_row(visible, b, 0, rows, tma)
                     last_key = load_row(visible, b, 1, rows, tma)
                 s = hl.dot(k_tile, q_tile.T, out_dtype=torch.float32)
-                # dp starts as -delta. Added after the product, 189 of the loop's 377 instructions
-                # run without a product, not 143 (D = 128).
+                # dp starts as -delta: 143 of the loop's 377 instructions run while no product does.
+                # Added after the product: 189 (D = 128).
                 dp = minus_delta_tile[None, :] + hl.zeros([block_n, block_m], dtype=torch.float32)
                 dp = hl.dot(v_tile, do_tile.T, acc=dp)
                 if capped:
@@ -789,7 +790,7 @@ def _dkdv_kernel(
                     distance = (from_diagonal - hl.arange(block_n))[:, None]
                     distance = distance + hl.arange(block_m)[None, :]
                     sees = distance >= 0
-                    if windowed:  # one torch.where: with two, 430 instructions idle, not 232
+                    if windowed:  # a second torch.where: 430 instructions idle, not 232
                         sees = sees & (distance <= diagonal - low)
                     p = torch.where(sees, p, 0.0)
                 if with_dv:
@@ -813,7 +814,7 @@ def _dq_kernel(
     ranges: torch.Tensor,  # as forward_kernel's
     scale: float, head_dim: int, low: int, diagonal: int,
     block_m: hl.constexpr, block_n: hl.constexpr, windowed: hl.constexpr, by_row: hl.constexpr,
-    band: hl.constexpr,  # keys in a tile of dkdv_kernel, if is_band there; else 0
+    band_n: hl.constexpr,  # block_n of dkdv_kernel, if ds is a band; else 0
 ) -> torch.Tensor:  # fmt: skip
     """dq of a tile of queries, from the ds that dkdv_kernel wrote."""
     B, H, M, BLOCK_D = dq.size()
@@ -841,8 +842,8 @@ def _dq_kernel(
         for n in hl.grid(n_start, n_end, block_n):
             keys = n + hl.arange(block_n)
             column_0 = keys * 0
-            if band:
-                column_0 = torch.clamp((keys // band * band - diagonal) // 128 * 128, min=0)
+            if band_n:  # m_start of dkdv_kernel
+                column_0 = torch.clamp((keys // band_n * band_n - diagonal) // 128 * 128, min=0)
             ds_index = [b.to(keys.dtype), h.to(keys.dtype), keys[:, None],
                         rows[None, :] - column_0[:, None]]  # fmt: skip
             # ds of keys from n_end on was never written.
@@ -1223,14 +1224,14 @@ def _add_order(ranges):
 
 
 def _key_ranges(query_ranges, N):
-    """ranges of blocks of 128 keys: all queries that see a key of the block lie from the first
-    number to the second minus 1. Both are multiples of 128."""
+    """ranges of blocks of 128 keys: all queries that see a key of the block are in
+    range(begin, end). Both are multiples of 128."""
     begin, end, _ = query_ranges.unsqueeze(2).unbind(0)
     key = torch.arange(0, N, 128, dtype=torch.int32, device=begin.device).unsqueeze(1)
     query = torch.arange(0, 128 * begin.size(2), 128, dtype=torch.int32, device=begin.device)
     meets = (begin < key + 128) & (key < end)
     end = (query + 128).where(meets, 0).amax(-1)
-    return torch.stack((query.where(meets, 2**30).amin(-1).minimum(end), end, end))
+    return torch.stack((query.where(meets, 2**30).amin(-1).minimum(end), end, end))  # [2]: any
 
 
 def _forward(q, k, v, visible, mask, scale, softcap, config, exact_lse):
@@ -1276,7 +1277,7 @@ def _forward(q, k, v, visible, mask, scale, softcap, config, exact_lse):
         or scale < 2.0**-100 and not softcap  # -inf * qk_scale must be -inf
     ):  # fmt: skip
         tuning = plain_tuning
-    if by_row and tuning is configs.HOPPER_64:  # a range is that of 128 rows
+    if by_row and tuning is configs.HOPPER_64:  # ranges are of 128 rows
         tuning = configs.HOPPER
     is_wide, for_tma, aligned = zip(*map(_facts, (q, k, v, out)))
     if tuning.kernel == "hopper_forward" and (D < block_d or not all(for_tma[:3])):
@@ -1287,10 +1288,10 @@ def _forward(q, k, v, visible, mask, scale, softcap, config, exact_lse):
     plain_kernel = WIDE[forward_kernel] if any(is_wide) else forward_kernel
     layout = q.dtype, block_d, q.device, D % 16 == 0 and all(aligned), False  # no float32 sums
     block_m, block_n = tuning.block_m, tuning.block_n
-    intervals = _query_ranges(visible, N) if by_row else (lse, lse)  # not read
+    masking = _query_ranges(visible, N) if by_row else (lse, lse)  # not read
     if by_row and tuning.kernel == "hopper_forward":
-        _add_order(intervals[1])
-    tensors, capped = (q, k, v, out, lse, *intervals), bool(softcap)
+        _add_order(masking[1])
+    tensors, capped = (q, k, v, out, lse, *masking), bool(softcap)
     keys_per_part = N
     if split:
         tiles = B * q.size(1) * _cdiv(rows, block_m)
@@ -1298,7 +1299,7 @@ def _forward(q, k, v, visible, mask, scale, softcap, config, exact_lse):
         keys_per_part = _cdiv(N, 128 * parts) * 128
         parts = _cdiv(N, keys_per_part)
         out_parts = q.new_empty((parts * B, *q.shape[1:]), dtype=torch.float32)
-        tensors = q, k, v, out_parts, lse.new_empty(out_parts.shape[:3]), *intervals
+        tensors = q, k, v, out_parts, lse.new_empty(out_parts.shape[:3]), *masking
     plain_numbers = *numbers, M, keys_per_part
     if tuning.kernel != "hopper_forward":
         constants = block_m, block_n, windowed, by_row, capped, block_m, split
@@ -1374,24 +1375,24 @@ def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, softcap, needs_
     is_wide, for_tma, aligned = zip(*map(_facts, (q, k, v, do, out, dq, dk, dv)))
     is_wide = any(is_wide) or max(q.numel(), k.numel(), B * H * padded_m) >= 2**31
     keep_ds, is_band = tunings[1].kernel == "dq" or is_wide, False
-    batches, heads, rows, width = B, Hk, padded_m, padded_m
+    batches, heads, rows, ds_m = B, Hk, padded_m, padded_m
     if keep_ds:
-        if windowed and not by_row:  # at most so many queries see a tile of keys
-            width = min(padded_m, (diagonal - low + 382) // 128 * 128)
-        batches, heads, rows = _chunks(B, Hk, group, width, padded_n, q.element_size())
-        if rows < width < padded_m:  # the band does not fit
-            width = padded_m
-            batches, heads, rows = _chunks(B, Hk, group, width, padded_n, q.element_size())
-        is_band = width < padded_m
-        width, rows = (width, padded_m) if is_band else (rows, rows)
-        is_wide |= batches * heads * group * padded_n * width >= 2**31
+        if windowed and not by_row:  # so many queries see 128 keys; both ends are rounded to 128
+            ds_m = min(padded_m, (diagonal - low + 382) // 128 * 128)
+        batches, heads, rows = _chunks(B, Hk, group, ds_m, padded_n, q.element_size())
+        if rows < ds_m < padded_m:  # the band does not fit
+            ds_m = padded_m
+            batches, heads, rows = _chunks(B, Hk, group, ds_m, padded_n, q.element_size())
+        is_band = ds_m < padded_m
+        ds_m, rows = (ds_m, padded_m) if is_band else (rows, rows)
+        is_wide |= batches * heads * group * padded_n * ds_m >= 2**31
     if is_wide or keep_ds and not needs_kv:
         tunings = configs.best_gradient(_gpu(q.device)[0], D, q.dtype, specialised=False)
     of_dkdv, of_dq, of_dk = tunings
     if (tma := of_dkdv.kernel == "hopper_dkdv") and not all(for_tma[:4]):
         q, k, v, do = map(_for_tma, (q, k, v, do))
         aligned = [_facts(x)[2] for x in (q, k, v, do, out, dq, dk, dv)]
-    if by_row and of_dq.kernel == "hopper_dq":  # chunks, and plain kernels, have no order
+    if by_row and of_dq.kernel == "hopper_dq":  # only Hopper's kernels read it
         _add_order(query_ranges)
         _add_order(key_ranges)
     dk_apart = needs_kv and of_dk is not None
@@ -1403,7 +1404,7 @@ def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, softcap, needs_
     lse_log2, minus_delta = (  # TMA reads them: strides are multiples of 16 bytes
         lse.new_empty_strided((B, H, M), (H * padded_m, padded_m, 1)) for _ in range(2))
     # ds is small where it is not written.
-    ds = q.new_empty((batches, heads * group, padded_n, width) if write_ds else (1, 1, 128, 128))
+    ds = q.new_empty((batches, heads * group, padded_n, ds_m) if write_ds else (1, 1, 128, 128))
     is_whole, is_summed = (batches, heads) == (B, Hk) and rows >= M, needs_kv and rows < M
     if is_summed:  # over chunks of queries, in float32
         dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (dk, dv))
@@ -1422,15 +1423,15 @@ def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, softcap, needs_
         k_, v_, dk_, dv_ = part((k, v, dk, dv), bs, hs)
         hs = slice(h * group, (h + heads) * group)
         q_, do_, lse_, delta_, dq_ = part((q, do, lse_log2, minus_delta, dq), bs, hs, ms)
-        visible_, of_queries_, of_keys_ = visible if by_row else lse, query_ranges, key_ranges
+        visible_, query_ranges_, key_ranges_ = visible if by_row else lse, query_ranges, key_ranges
         if by_row and not is_whole:
             visible_ = visible[bs, :, ms]
-            of_queries_ = query_ranges[:, bs, m // 128 : (m + rows) // 128]
-            of_keys_ = (key_ranges[:, bs] - m).clamp(0, 128 * of_queries_.size(2))
+            query_ranges_ = query_ranges[:, bs, m // 128 : (m + rows) // 128]
+            key_ranges_ = (key_ranges[:, bs] - m).clamp(0, 128 * query_ranges_.size(2))
         if is_summed:
             dk_sum, dv_sum, dk_, dv_ = dk_, dv_, torch.empty_like(dk_), torch.empty_like(dv_)
         masked = windowed or diagonal < N
-        tensors = q_, do_, lse_, delta_, k_, v_, dk_, dv_, ds, visible_, of_keys_
+        tensors = q_, do_, lse_, delta_, k_, v_, dk_, dv_, ds, visible_, key_ranges_
         for tuning, *mode in modes:
             constants = (tuning.block_m, tuning.block_n, windowed, by_row, capped, masked, *mode,
                          is_band, tma)  # fmt: skip
@@ -1440,14 +1441,14 @@ def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, softcap, needs_
             dk_sum += dk_
             dv_sum += dv_
         if needs_q and keep_ds:
-            band = of_dkdv.block_n * is_band
-            constants = of_dq.block_m, of_dq.block_n, windowed, by_row, band
-            tensors = dq_, k_, ds, of_queries_
+            band_n = of_dkdv.block_n * is_band
+            constants = of_dq.block_m, of_dq.block_n, windowed, by_row, band_n
+            tensors = dq_, k_, ds, query_ranges_
             launch(of_queries, of_dq, tensors, (scale, *numbers), constants, layout)
         elif needs_q:
             masked = windowed or diagonal < N and diagonal % of_dq.block_n > 0
             constants = of_dq.block_m, of_dq.block_n, windowed, by_row, capped, masked
-            tensors = dq_, q_, do_, lse_, delta_, k_, v_, visible_, of_queries_
+            tensors = dq_, q_, do_, lse_, delta_, k_, v_, visible_, query_ranges_
             launch(hopper_dq_kernel, of_dq, tensors, (*scales, *numbers), constants, layout)
     dk, dv = (dk.to(k.dtype), dv.to(v.dtype)) if needs_kv else (None, None)
     return dq if needs_q else None, dk, dv
@@ -1663,7 +1664,7 @@ def flash_attention(
     q, k, v, *, is_causal=False, window=None, visible=None, sinks=None, scale=None, softcap=None,
     enable_gqa=False, return_lse=False, config=None,
 ):
-    """softmax(q k^T * scale) v and its gradient, called as torch's scaled_dot_product_attention.
+    """softmax(q k^T * scale) v and its gradient, called like torch's scaled_dot_product_attention.
 
     q: [B, H, M, D]; k: [B, Hk, N, D]; v: [B, Hk, N, Dv]. One dtype: bfloat16, float16 or float32.
         D, Dv: up to 256. If they differ, or are no multiple of 8, all three are copied and padded
@@ -1674,12 +1675,12 @@ def flash_attention(
         CausalVariant.LOWER_RIGHT: up to i + N - M, so that the last row sees all keys. A row that
         sees no key is 0. NaN or inf in v may reach rows that do not see it, as in SDPA's math
         backend.
-    window: (left, right), as flash-attn's window_size: row i also sees no key before i + N - M -
-        left and none after i + N - M + right; before i - left with is_causal=True. None or below 0:
-        no limit on this side. Causal, right counts as 0. No other tile is loaded.
+    window: (left, right), as flash-attn's window_size: row i sees only the keys from i + N - M -
+        left to i + N - M + right; from i - left to i with is_causal=True. None or below 0: no limit
+        on this side. If causal, right counts as 0. No other tile is loaded.
     visible: (first, last), int32, [B, M] or [M]: row i sees the keys from first[i] to last[i], none
-        if first[i] > last[i]. Any intervals are right. Of 128 rows, the tiles between the lowest
-        first and the highest last are loaded: fast where both grow with i. See `packed`, `padded`.
+        if first[i] > last[i]. Any intervals work. For each 128 rows, the tiles from the lowest
+        first to the highest last are loaded: fast where both grow with i. See `packed`, `padded`.
     sinks: [H], floats: one more score in each row's softmax, without a value (gpt-oss). lse has it.
     scale: a float below 2e38; 1 / sqrt(D) if None. Scores, q k^T * scale, have to stay below 2e38,
         too (float16 on Hopper: below 1e8).
@@ -1695,8 +1696,8 @@ def flash_attention(
     no key. out is the same, bit for bit.
     Differentiable once, with respect to q, k, v and sinks, through out and lse; the same bits at
     each run.
-    The gradient takes up to 1 GB for a while; on Hopper nothing for head dims from 40 to 64, and
-    with visible up to 128.
+    The gradient takes up to 1 GB for a while; on Hopper, 16-bit, nothing for head dims from 33 to
+    64, and with visible from 33 to 128.
     The Hopper kernels read copies of tensors that TMA cannot read: rows that are not contiguous or
     do not start at multiples of 16 bytes, expanded batches, and a q whose head dim is padded and
     whose heads interleave in memory.
