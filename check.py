@@ -170,6 +170,8 @@ INTERVALS = {
     "packed": packed_rows, "packed_causal": functools.partial(packed_rows, is_causal=True),
     "packed_window": functools.partial(packed_rows, window=(30, 5)),
     "padded": padded_rows, "padded_causal": functools.partial(padded_rows, is_causal=True),
+    "edges": lambda B, M, N: [  # the last key of a tile and the first of the next
+        torch.full((B, M), x, dtype=torch.int32, device=DEVICE) for x in (127, 128)],
 }  # fmt: skip
 
 
@@ -276,7 +278,7 @@ GRADIENT += [(("default",), ("float16",), D, "window", "bhsd", "heads", (2, 2, 1
 GRADIENT += [(BOTH, BF16, dim, mask, "bhsd", kept, shape) for mask, dim, kept, shape in (
     ("random", D, "queries", (2, 2, 1, 301, 340)), ("growing", D, "queries", ROWS_CASES[0]),
     ("padded_causal", D, "heads", ROWS_CASES[0]), ("packed_causal", 128, "queries", ROWS_CASES[1]),
-    ("random", 256, "all", (1, 2, 1, 200, 209)))]  # fmt: skip
+    ("random", 256, "all", (1, 2, 1, 200, 209)), ("edges", D, "all", ROWS_CASES[1]))]  # fmt: skip
 SOFTCAP = [  # after what is kept the cap; most scores are below 10
     (BOTH, BF16, D, "dense", "all", 50.0, (1, 2, 1, 150, 300)),
     (BOTH, HALF, D, "upper_left", "queries", 5.0, (1, 4, 2, 150, 300)),
