@@ -1704,8 +1704,8 @@ def flash_attention(
     The first call of a kind compiles for seconds. Kinds differ in dtype, padded head dim, mask,
     softcap or none, alignment, config, return_lse, and the gradients that are needed. So do tensors
     of 2^31 elements. On Hopper these lengths are kinds of their own: N <= 128; up to D = 128,
-    66 blocks of 128 queries and N <= 1024, or 132 and N <= 512; bf16 up to D = 64, M < 1024 or
-    B * H * M < 2^17; dense float16 up to D = 128, N % 128 > 0; dense D > 128, N % 64 > 0;
+    B * H * ceil(M / 128) <= 66 with N <= 1024, or <= 132 with N <= 512; bf16 up to D = 64, M < 1024
+    or B * H * M < 2^17; dense float16 up to D = 128, N % 128 > 0; dense D > 128, N % 64 > 0;
     LOWER_RIGHT, (N - M) % 128 > 0. So are, on each GPU, few queries with more than 256 keys:
     H / Hk * M up to 16, 32 and 64. A CUDA graph cannot capture a first call.
     Under torch.compile, torch.export and dispatch modes (make_fx, FlopCounterMode, selective
