@@ -126,6 +126,12 @@ def tanh(x):
     )
 
 
+def is_below(x, y):
+    """0 <= x < y for int32 and y >= 0, as one unsigned comparison."""
+    expression = "{0}.to(tl.uint32, bitcast=True) < {1}.to(tl.uint32, bitcast=True)"
+    return hl.inline_triton(expression, args=(x, y), output_like=x < y)
+
+
 def round_to_bf16(p):
     """float32 rounded to the nearest bfloat16, still float32. Two elements an instruction, where
     p.to(bfloat16) takes one conversion each."""
@@ -292,7 +298,8 @@ def _ranges_kernel(
     for tile_b, tile_m in hl.tile([B, M], block_size=[1, 128]):
         b, block = tile_b.begin, tile_m.begin // 128
         first = torch.clamp(intervals[b, 0, tile_m], min=0, max=num_keys)
-        last = torch.clamp(intervals[b, 1, tile_m], min=-1, max=num_keys - 1)
+        last = torch.clamp(intervals[b, 1, tile_m], max=num_keys - 1)
+        last = torch.maximum(last, first - 1)  # is_below: no number of keys is negative
         visible[b, 0, tile_m], visible[b, 1, tile_m] = first, last
         sees = (first <= last) & (tile_m.index < M)
         end = torch.amax(torch.where(sees, last + 1, 0))
@@ -765,9 +772,6 @@ def _dkdv_kernel(
                 if not capped:
                     lse_tile = load_row(lse_log2, b, h, rows, tma)
                 minus_delta_tile = load_row(minus_delta, b, h, rows, tma)
-                if by_row:
-                    first_key = load_row(visible, b, 0, rows, tma)
-                    last_key = load_row(visible, b, 1, rows, tma)
                 s = hl.dot(k_tile, q_tile.T, out_dtype=torch.float32)
                 # dp starts as -delta: 143 of the loop's 377 instructions run while no product does.
                 # Added after the product: 189 (D = 128).
@@ -779,9 +783,10 @@ def _dkdv_kernel(
                     lse_tile = load_row(lse_log2, b, h, rows, tma)  # before tanh: 200 bytes spill
                 # A query beyond M has p = 1, but do = 0 and dp = 0.
                 p = exp2(s * qk_scale - lse_tile[None, :])
-                if by_row:
-                    sees = keys[:, None] >= first_key[None, :]
-                    sees = sees & (keys[:, None] <= last_key[None, :])
+                if by_row:  # two comparisons: 4% longer (packed); loads before the products: 2%
+                    first_key = load_row(visible, b, 0, rows, tma)
+                    num_keys = load_row(visible, b, 1, rows, tma) - first_key + 1
+                    sees = is_below(keys[:, None] - first_key[None, :], num_keys[None, :])
                     p = torch.where(sees, p, 0.0)
                 elif masked:
                     # One addition an element: `row >= column` makes ptxas compute the column's
