@@ -25,7 +25,6 @@ import textwrap
 import time
 
 import check  # first: it chooses between the GPU and the interpreter before triton is imported
-import helion
 import torch
 import torch.nn.functional as F
 import triton.testing
@@ -211,21 +210,6 @@ def host_costs(config, shape, args):
     return rows
 
 
-def autotune(shape, args):
-    """Time tilings of the kernel for any GPU beside today's config. Print the best."""
-    functions = {"Helion": flash_attention, "PyTorch": F.scaled_dot_product_attention}
-    for m, n, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)):
-        config = helion.Config(loop_orders=[[1, 0]], num_warps=warps, num_stages=stages)
-        tuning = configs.Tuning("forward", m, n, config)
-        functions[tuning] = functools.partial(flash_attention, config=tuning)
-    say(f"{len(functions)} candidates, some 10 seconds each")
-    ms = {x: statistics.median(times) for x, times in
-          measure(functions, *inputs(shape, args), False).items()}  # fmt: skip
-    best = min((x for x in ms if x not in REPORT), key=ms.get)
-    print(f"TUNED = {best!r}\n# {ms[best]:.4f} ms at {[*shape]} on {torch.cuda.get_device_name()}")
-    print(f"# today's config: {ms['Helion']:.4f} ms, PyTorch: {ms['PyTorch']:.4f} ms")
-
-
 def decode(args):
     """Print kernel times of few queries, GB/s of k and v, and the others' time over Helion's."""
     rows = []
@@ -303,13 +287,13 @@ def plot(path, record):
         rows = [r for r in rows if "error" not in r]
         for name in dict.fromkeys(x for r in rows for x in r["tflops"] if x != "PyTorch"):
             points = [(r["shape"][2], r["tflops"][name]) for r in rows if name in r["tflops"]]
-            ax.plot(*zip(*points), "o-", label=name, linewidth=3 if name == "Helion" else 1)
-        ax.set_xscale("log", base=2)
+            width = 3 if name == "Helion" else 1
+            ax.semilogx(*zip(*points), "o-", base=2, label=name, linewidth=width)
         ax.set(title=case, xticks=LENGTHS, xticklabels=LENGTHS)
         ax.legend(fontsize=7)
     plt.setp(axes, ylim=(0, None))
-    about = textwrap.fill(record["about"], 130)
-    figure.supxlabel(f"TFLOPS by length, {TOKENS:,} tokens a batch\n{about}", fontsize=8)
+    about = f"TFLOPS by length, {TOKENS:,} tokens a batch, {record['about']}"
+    figure.supxlabel(textwrap.fill(about, 130), fontsize=8)
     figure.savefig(path, dpi=150)
 
 
@@ -337,16 +321,15 @@ def arguments():
     add("--head-dim", type=int, default=128, metavar="D", help="of --sweep and --plot")
     add("--plot", metavar="FILE", help="draw four sweeps: forward, backward, dense, causal")
     add("--json", metavar="FILE", help="write everything that is measured")
-    add("--autotune", type=bhsd, metavar="B,H,S,D", help="print a config for this GPU and shape")
     args = parser.parse_args()
     args.sweep |= args.plot is not None
-    timed = args.backward or args.sweep or args.autotune or args.decode
+    timed = args.backward or args.sweep or args.decode
     special = timed or args.causal or args.kv_heads is not None
-    ours = special or args.shape
-    names = [args.config] if args.config else ["default"] if ours else [*configs.CONFIGS]
+    names = ["default"] if special or args.shape else [*configs.CONFIGS]
+    names = [args.config] if args.config else names
     D = args.head_dim
     sweep = [(TOKENS // n, WIDTH // max(1, D), n, D) for n in LENGTHS if args.sweep]
-    shapes = [args.autotune] if args.autotune else args.shape or sweep
+    shapes = args.shape or sweep
     published = {name: [shape for shape, *_ in rows] for name, rows in check.PUBLISHED.items()}
     args.tables = {x: shapes or published.get(x, published["tile128"]) for x in names}
     dims = range(8, 257, 8) if names[0] in ("hopper", "default") else check.HEAD_DIMS
@@ -355,10 +338,9 @@ def arguments():
     odd = [s for s in args.tables[names[0]] if min(*s, kv) < 1 or s[1] % kv or s[3] not in dims]
     mistakes = {
         "the report's configs: dense, forward, no GQA": special and names[0] in configs.CONFIGS,
-        "--autotune tunes the forward": args.autotune and args.backward,
         "--decode has shapes of its own, forward": args.decode and (
             args.backward or args.causal or args.sweep or args.config or args.shape),
-        "--backward, --sweep, --plot, --decode and --autotune need a GPU": timed and not check.GPU,
+        "--backward, --sweep, --plot and --decode need a GPU": timed and not check.GPU,
         "--plot needs matplotlib": args.plot and "matplotlib" not in INSTALLED,
         f"{odd[:1]}: sizes are positive, --kv-heads divides H, and D is in {dims}": odd,
         f"there is no folder {' or '.join(folders)}": not all(map(os.path.isdir, folders)),
@@ -370,8 +352,6 @@ def arguments():
 
 def main():
     args = arguments()
-    if args.autotune:
-        return autotune(args.autotune, args)
     about = [torch.cuda.get_device_name() if check.GPU else "no GPU", time.strftime("%Y-%m-%d")]
     about += [f"{x} {importlib.metadata.version(x)}" for x in PACKAGES if x in INSTALLED]
     about += [f"cuDNN {torch.backends.cudnn.version()}", args.dtype, " ".join(sys.argv)]
