@@ -84,6 +84,8 @@ def competitors():
             found.setdefault(name, functools.partial(library, function))
         except Exception as error:  # not installed, or not for this GPU
             say(f"{name} ({module}) is left out: {error!r:.200}")
+        if getattr(sys.modules.get("flash_attn"), "__file__", "") is None:
+            del sys.modules["flash_attn"].__file__  # FA4's namespace package: inspect takes no None
     sys.path[:], sys.modules["flash_attn"] = path, ours
     if "FA4" in found:  # ours has the same bits at every run, FA4's only if asked
         found["FA4 deterministic"] = functools.partial(found["FA4"], deterministic=True)
