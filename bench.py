@@ -284,14 +284,15 @@ def cpu_section(name, shapes, args, rows):
 def plot(path, record):
     import matplotlib.pyplot as plt
 
+    names = "Helion", "SDPA flash", "SDPA cudnn", "FA2", "FA3", "FA4", "FA4 deterministic"
     figure, axes = plt.subplots(2, 2, figsize=(8, 7), sharex=True, sharey=True, layout="tight")
     for ax, (case, rows) in zip(axes.flat, record["tables"].items()):
-        rows = [r for r in rows if "error" not in r]
-        for name in dict.fromkeys(x for r in rows for x in r["tflops"] if x != "PyTorch"):
-            points = [(r["shape"][2], r["tflops"][name]) for r in rows if name in r["tflops"]]
-            width = 3 if name == "Helion" else 1
-            ax.semilogx(*zip(*points), "o-", base=2, label=name, linewidth=width)
-        ax.set(title=case, xticks=LENGTHS, xticklabels=LENGTHS)
+        for i, name in enumerate(names):
+            points = [(r["shape"][2], r["tflops"][name]) for r in rows if name in r.get("ms", ())]
+            style = dict(label=name, color=f"C{i}", linewidth=3 if name == "Helion" else 1)
+            if points:
+                ax.semilogx(*zip(*points), "o-", base=2, **style)
+        ax.set(title=case.partition(", ")[2], xticks=LENGTHS, xticklabels=LENGTHS)
         ax.legend(fontsize=7)
     plt.setp(axes, ylim=(0, None))
     about = f"TFLOPS by length, {TOKENS:,} tokens a batch, {record['about']}"
