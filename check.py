@@ -182,7 +182,7 @@ def mask_of(name, B, M, N):
 
 REPORT, BF16, FP16 = tuple(configs.CONFIGS), ("bfloat16",), ("float16",)
 HALF = BF16 + FP16
-FLOAT, TWO = ("float32",), ("bfloat16", "float32")  # fp16 differs from bf16 in Hopper's kernel only
+FLOAT, TWO = ("float32",), ("bfloat16", "float32")  # in plain kernels fp16 is another dtype only
 PLANS = ("hopper", "general", "default") if GPU else ("hopper", "default")
 OURS = ("general", "default") if GPU else ("default",)
 HOPPER, DEFAULT, H64, H256 = ("hopper",), ("default",), ("hopper_64",), ("hopper_256",)
@@ -256,6 +256,9 @@ GRADIENT = [  # and what of ds is kept at a time: all, two heads of keys, 128 qu
     (BOTH, BF16, D, "dense", "bshd", "all", (1, 2, 2, 128, 256), (1, 2, 2, 1, 200)),
     (HOPPER, FP16, D, "dense", "bshd", "all", (1, 2, 2, 128, 256)),
     (DEFAULT, FLOAT, D, "dense", "bshd", "all", (1, 2, 2, 1, 200)),
+    *((names, BF16, dim, "dense", "bshd", "all", (1, 1, 1, 130, 140))
+      for names, dim in ((HOPPER, 64), (DEFAULT, 128), (DEFAULT, 256))),
+    (HOPPER, FP16, D, "upper_left", "bshd", "all", (1, 2, 1, 150, 200)),
     (KEPT, BF16, D, "dense", "bshd", "heads", (2, 4, 2, 150, 300)),
     (BOTH, BF16, D, "upper_left", "bshd", "queries", (2, 4, 2, 150, 300)),
     (KEPT, BF16, D, "lower_right", "bhsd", "queries", (2, 4, 2, 150, 300), (1, 4, 2, 1, 200)),
@@ -275,7 +278,7 @@ GRADIENT = [  # and what of ds is kept at a time: all, two heads of keys, 128 qu
           (KEPT, "window", D, "queries"), (BOTH, "left", D, "all"),
           (BOTH, "window_lower", 64, "heads"), (KEPT, "window_upper", D, "queries"))),
     # dkdv_kernel's tiles of keys are smaller than dq_kernel's: no ds that was not written is read.
-    (DEFAULT, BF16, 256, "window", "bhsd", "all", (1, 1, 1, 256, 256)),
+    (DEFAULT, BF16, 256, "window", "bhsd", "all", (1, 1, 1, 390, 256)),  # ds is a band
     (DEFAULT, FLOAT, 128, "window", "bhsd", "all", (1, 1, 1, 256, 256)),
     # Of ds a band, for all heads or for one.
     (HOPPER, BF16, 128, "window", "bhsd", "all", (1, 2, 1, 600, 500)),
@@ -291,10 +294,11 @@ GRADIENT = [  # and what of ds is kept at a time: all, two heads of keys, 128 qu
 ]  # fmt: skip
 SOFTCAP = [  # after what is kept the cap; most scores are below 10
     (BOTH, BF16, D, "dense", "all", 50.0, (1, 2, 1, 150, 300)),
-    (HOPPER, FP16, D, "upper_left", "queries", 5.0, (1, 4, 2, 150, 300)),
+    (HOPPER, HALF, D, "upper_left", "queries", 5.0, (1, 4, 2, 150, 300)),
     (BOTH, BF16, D, "lower_right", "heads", 0.01, (2, 4, 2, 300, 140)),
     (BOTH, BF16, D, "window", "queries", 30.0, (1, 2, 1, 300, 340)),
     (HOPPER, BF16, D, "random", "queries", 30.0, ROWS_CASES[0]),
+    (DEFAULT, BF16, D, "random", "all", 30.0, (1, 2, 1, 130, 200)),
     (DEFAULT, BF16, D, "window_lower", "all", 5.0, FEW[1]),
     (BOTH, BF16, 128, "lower_right", "heads", 5.0, (2, 2, 1, 140, 209)),
     (BOTH, BF16, 256, "upper_left", "queries", 50.0, (1, 2, 1, 200, 140)),
@@ -310,8 +314,8 @@ CODE = [  # name, bytes that may spill, threads of first and last kernels, machi
     # What flash_attention takes by itself, and its gradient with the forward before it. sm_86 and
     # sm_89 have sm_80's instructions and less shared memory.
     ("best_config", 128, None, (), (None, 89, 64), ("gradient", 89, 128)),
-    ("best_config", 128, None, (), ("gradient", 89, 256), ("gradient", 100, 128),
-     (None, 90, 64, *BF16, False, 1, 64, 4096)),
+    ("best_config", 128, None, (), ("gradient", 89, 256), ("gradient", 100, 128), (None, 120, 32),
+     *((None, sm, dim, *BF16, False, 1, m, 4096) for sm, dim, m in ((89, 256, 1), (90, 64, 64)))),
     ("report_config", INF, None, (), ("autotuned", 90), ("tile128", 100)),  # spills: configs.py
     # hopper_forward_kernel is specialised, 12 warps, masked or not, with an
     # exact lse or not; of the gradient dkdv_kernel up to D = 128, and hopper_dq_kernel.
@@ -320,7 +324,7 @@ CODE = [  # name, bytes that may spill, threads of first and last kernels, machi
       for name, dim in (("hopper_64", 64), ("hopper", 128), ("hopper_256", 256))),
     *(("hopper_gradient", SPILL, 384, last,
        *(("gradient", 90, dim, *case) for case in cases)) for dim, last, *cases in (
-          (64, (384, 384), RAGGED, CAUSAL), (128, (384, 256), BF16, RAGGED),
+          (64, (384, 384), BF16, CAUSAL), (128, (384, 256), BF16, RAGGED),
           (256, (256, 256, 256), RAGGED))),
     # The same with a window, ds a band or not, and with `visible`.
     *(("hopper_code", SPILL_ROWS, 384, (), *(
@@ -332,7 +336,8 @@ CODE = [  # name, bytes that may spill, threads of first and last kernels, machi
     # The same with a softcap; with `visible` the plain dkdv_kernel for D = 256 spills 392 bytes.
     *(("hopper_code", 392 if dim == 256 else 256, 384, last,
        ("gradient", 90, dim, *BF16, False, 1, 4096, None, window, 50.0))
-      for dim, window, last in ((128, BY_ROW, (384, 384)), (256, BY_ROW, ()))),
+      for dim, window, last in ((64, -1, (384, 384)), (128, BY_ROW, (384, 384)),
+                                (256, BY_ROW, ()))),
     # Helion's cute backend recognises the loop: causal, GQA, lengths that 256 does not divide.
     *(("blackwell_compiles", 16, None, (), *(("blackwell", 100, dim, *case) for case in (
         BF16, (*BF16, True, 4), (*BF16, False, 1, 384), CAUSAL))) for dim in (64, 128)),
@@ -465,7 +470,7 @@ def tuning(config, q, k):
 
 
 def forward(config, dtype, D, mask, layout, B, H, Hk, M, N):
-    """out, and for our own kernels lse; with lse is another kernel."""
+    """out, and for our own kernels lse. In bf16 Hopper's kernel has a form without an exact lse."""
     q, k, v = LAYOUTS[layout](*make((B, H, M, D), dtype, N, Hk))
     is_causal, gqa, plan = mask_of(mask, B, M, N), H != Hk, NAMED[config]
     attend = functools.partial(
@@ -978,8 +983,8 @@ def windows(config):
 
 
 def softcap(config, dtype, dim, mask, kept, cap, B, H, Hk, M, N):
-    """out, lse and the gradients, of scores that the cap changes; another cap compiles nothing. Of
-    the last row exp(-lse) is more than a float16."""
+    """out, lse and gradients of scores that the cap changes. If all of ds is kept, with another cap,
+    which compiles nothing. Of the last row exp(-lse) is more than a float16."""
     q, k, v = make((B, H, M, dim), dtype, N, Hk)
     q *= 4
     k[..., 0], q[:, :, -1, 0] = 6, -5 * dim**0.5
@@ -1035,6 +1040,7 @@ def intervals():
     wide = lambda x, facts=flash_attn._facts: (True, *facts(x)[1:])
     with mock.patch.object(flash_attn, "_facts", wide):
         compare(flash_attention(q, k, v, visible=rows), q, k, v, is_causal=Rows(*rows))
+        compare_gradients((q, k, v), dict(is_causal=Rows(*rows)))
     flash_attention(q, k, v, visible=rows)
     if GPU:
         torch.cuda.set_sync_debug_mode("error")

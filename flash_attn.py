@@ -127,8 +127,8 @@ def tanh(x):
 
 
 def is_below(x, y):
-    """0 <= x < y for int32 and y >= 0, as one unsigned comparison."""
-    expression = "{0}.to(tl.uint32, bitcast=True) < {1}.to(tl.uint32, bitcast=True)"
+    """0 <= x < y as one unsigned comparison. x and y fit in an int32, and y >= 0."""
+    expression = "{0}.to(tl.uint32) < {1}.to(tl.uint32)"
     return hl.inline_triton(expression, args=(x, y), output_like=x < y)
 
 
