@@ -983,7 +983,7 @@ def windows(config):
 
 
 def softcap(config, dtype, dim, mask, kept, cap, B, H, Hk, M, N):
-    """out, lse and gradients of scores that the cap changes. If all of ds is kept, with another cap,
+    """out, lse and gradients of scores that the cap changes; if all of ds is kept, of another cap,
     which compiles nothing. Of the last row exp(-lse) is more than a float16."""
     q, k, v = make((B, H, M, dim), dtype, N, Hk)
     q *= 4

@@ -61,7 +61,7 @@ class Tuning:
     block_m: int  # queries a tile
     block_n: int  # keys a tile
     helion_config: helion.Config
-    head_dim: int = 256  # the largest one, for which "hopper_forward" has registers
+    head_dim: int = 256  # of "hopper_forward": the largest one that it has registers for
 
 
 def _tuning(kernel, block_m, block_n, num_warps, num_stages, **options):
@@ -102,10 +102,10 @@ HOPPER_GENERAL, HOPPER_GENERAL_256 = _general(128, 128, 8, 2), _general(128, 64,
 # hopper_dq: D = 64, and D = 128 with `visible`, where the size of ds is not known.
 _HOPPER_GRADIENT = dict(host_tensor_descriptors=True, indexing="tensor_descriptor", pid_type="flat",
                         range_num_stages=[0, 2], range_warp_specializes=[None, True])  # fmt: skip
-HOPPER_DKDV, HOPPER_DKDV_64, HOPPER_DQ, HOPPER_DQ_64 = (
-    _tuning(kernel, block_m, block_n, 4, 2, **_HOPPER_GRADIENT) for kernel, block_m, block_n in (
-        ("hopper_dkdv", 64, 128), ("hopper_dkdv", 128, 128), ("hopper_dq", 128, 64),
-        ("hopper_dq", 128, 128)))  # fmt: skip
+HOPPER_DKDV = _tuning("hopper_dkdv", 64, 128, 4, 2, **_HOPPER_GRADIENT)
+HOPPER_DKDV_64 = _tuning("hopper_dkdv", 128, 128, 4, 2, **_HOPPER_GRADIENT)
+HOPPER_DQ = _tuning("hopper_dq", 128, 64, 4, 2, **_HOPPER_GRADIENT)
+HOPPER_DQ_64 = _tuning("hopper_dq", 128, 128, 4, 2, **_HOPPER_GRADIENT)
 # D > 128: a launch of its own for dk is 1.4x faster; dk and dv together do not fit in registers.
 HOPPER_GRADIENT = _gradient((64, 128, 8, 2), (128, 64, 8, 3))
 HOPPER_GRADIENT_256 = _gradient((64, 128, 8, 1), (128, 64, 8, 4), (64, 128, 8, 4))
@@ -142,11 +142,6 @@ def padded(head_dim):
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def hopper_general(head_dim):
-    """The Tuning of forward_kernel on Hopper."""
-    return HOPPER_GENERAL_256 if head_dim > 128 else HOPPER_GENERAL
-
-
 @functools.lru_cache
 def warn_of_plain_kernels():
     """Once: Hopper with an untried Triton has plain kernels, 1.6 to 2.2 times the time (H200)."""
@@ -174,7 +169,7 @@ def best(capability, head_dim, dtype, heads, M, N):
         if head_dim <= 128 and (tiles <= 66 and N <= 1024 or tiles <= 132 and N <= 512):
             return HOPPER_FEW
         if N <= 128 or not SPECIALISED:
-            return hopper_general(head_dim)
+            return HOPPER_GENERAL_256 if head_dim > 128 else HOPPER_GENERAL
         # 256-row tiles pay where little of the last tile is wasted and there are several waves.
         # fp16 is 2% (dense) to 7% (causal) slower with them.
         if head_dim <= 64 and dtype == torch.bfloat16 and M >= 1024 and heads * M >= 2**17:
@@ -194,7 +189,6 @@ def best_gradient(capability, head_dim, dtype, specialised=True, by_row=False):
     """The Tunings of dkdv_kernel, of the kernel for dq, and of dkdv_kernel for dk alone, or None.
     Arguments as for `best`. specialised: Hopper's specialised kernels may be taken. by_row: masked
     by `visible`."""
-    specialised = specialised and SPECIALISED
     block_d = padded(head_dim)
     if dtype == torch.float32:
         return GRADIENT_FLOAT32[block_d]
@@ -202,9 +196,8 @@ def best_gradient(capability, head_dim, dtype, specialised=True, by_row=False):
         return GRADIENT[block_d]
     if block_d == 256:
         return HOPPER_GRADIENT_256
-    if specialised and block_d == 64:  # by_row: 128 queries a tile spill, and take 1.06 of the time
+    if block_d < 64 or not (specialised and SPECIALISED):
+        return HOPPER_GRADIENT
+    if block_d == 64:  # by_row: 128 queries a tile spill, and take 1.06 of the time
         return HOPPER_DKDV if by_row else HOPPER_DKDV_64, HOPPER_DQ_64, None
-    dkdv, dq, dk = HOPPER_GRADIENT
-    if specialised and block_d == 128:
-        return HOPPER_DKDV, HOPPER_DQ if by_row else dq, dk
-    return dkdv, dq, dk
+    return HOPPER_DKDV, HOPPER_DQ if by_row else HOPPER_GRADIENT[1], None

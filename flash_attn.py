@@ -14,8 +14,8 @@ A map, from top to bottom:
     Launching               what is compiled, what is kept.
     _forward, _backward     allocate, choose, launch.
     flash_attention         the public function; above it the operators and autograd.
-    packed, padded          make `visible` for packed and padded batches: by_row in the kernels,
-                            which ranges_kernel and order_kernel prepare.
+    packed, padded          make `visible` for packed and padded batches. The kernels call this mask
+                            by_row; ranges_kernel and order_kernel prepare it.
 
 The algorithm is FlashAttention-2 (Dao, arXiv:2307.08691): a tile of queries walks over the keys and
 keeps each row's maximum m_i, sum l_i and unnormalised output acc. The Hopper schedule is that of
@@ -47,12 +47,11 @@ def _import_configs():
         return importlib.import_module(".configs", __package__)
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs.py")
     spec = importlib.util.find_spec("configs")
-    if spec is not None and spec.origin and os.path.realpath(spec.origin) == os.path.realpath(path):
-        return importlib.import_module("configs")
-    spec = importlib.util.spec_from_file_location(f"{__name__}_configs", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    if spec is None or not spec.origin or os.path.realpath(spec.origin) != os.path.realpath(path):
+        spec = importlib.util.spec_from_file_location(f"{__name__}_configs", path)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return importlib.import_module(spec.name)
 
 
 configs = _import_configs()  # before helion, which configs.py makes importable on torch 2.11
@@ -63,9 +62,9 @@ import triton
 from helion.language import loops
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# helion 1.5.1 offers warp specialisation from sm_100 on; Triton has it for sm_90, too. Here helion
-# offers it while a kernel is bound whose Config asks for it. No upstream issue yet: without this,
-# helion refuses `range_warp_specializes` on an H100.
+# helion 1.5.1 offers warp specialisation from sm_100 on. Triton has it for sm_90, too. Here Helion
+# offers it while a kernel is bound whose Config asks for it (no upstream issue yet). Without this,
+# Helion refuses `range_warp_specializes` on an H100.
 _binding = threading.local()
 loops._supports_warp_specialize = lambda offers=loops._supports_warp_specialize: (
     getattr(_binding, "hopper", False) or offers())  # fmt: skip
@@ -79,10 +78,10 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # 1. A tile of q is halved by shifting the row of its descriptor. Only a descriptor made in the
 #    kernel can be halved (load_matrix, load_resident); a host's keeps its full box (triton issue
 #    11587). Tiles of the loop, K and V, are not halved: descriptors of the host serve them.
-# 2. The shift reaches every use of the row value, and the compiler joins equal values. If a
+# 2. The pass shifts every use of the row value, and the compiler joins equal values. If a
 #    descriptor and a pointer both used m_block * block_m, the pointer would be shifted, too: rows
-#    of another tile, or NaN. So the kernels write a row a second time as
-#    (m_block + 1) * block_m - block_m, and load_resident adds and subtracts a salt.
+#    of another tile, or NaN. So the kernels write the pointer's row as (m_block + 1) * block_m -
+#    block_m, and load_resident adds and subtracts a salt.
 # 3. A load that is not TMA goes to the loading warpgroup, which cannot pass the result on (triton
 #    pull 11283): load a number per row by inline PTX (load_row_vector), per column by TMA.
 # 4. No reduction of the raw accumulator after the loop: scale it first.
@@ -116,8 +115,8 @@ def log2(x):
 
 
 def tanh(x):
-    """The tanh of x / (2 log2(e)): cap_scale has this factor. The error is 4e-7; where exp2 is inf
-    or 0, the result is 1 or -1. A division takes 5 instructions in place of rcp."""
+    """tanh(y) for x = 2 log2(e) y: cap_scale has this factor. The error is 4e-7. Where exp2 is inf
+    or 0, the result is 1 or -1. rcp is one instruction, a division five."""
     return 1 - 2 * hl.inline_triton(
         "tl.inline_asm_elementwise('rcp.approx.ftz.f32 $0, $1;', '=r,r', [1 + tl.exp2({0})],"
         " dtype=tl.float32, is_pure=True, pack=1)",
@@ -269,12 +268,12 @@ def keys_start(m, low, block_n, least=0):
 
 
 # ---- The forward ---------------------------------------------------------------------------------
-# Row i sees the keys i + low to i + diagonal, inclusive; low is read if windowed. With by_row (then
-# windowed is True, too) these are visible[b, 0, i] and visible[b, 1, i], and the loop of block j
-# goes from ranges[0, b, j] to ranges[1, b, j], exclusive: over keys for 128 queries, over queries
-# for 128 keys (dkdv_kernel). ranges[2] lists all blocks, b * blocks + j, from the longest loop to
-# the shortest. Only Hopper's kernels fill and read it: their programs then end together (packed,
-# forward: 0.83 of the time).
+# Row i sees the keys i + low to i + diagonal, inclusive; low is read if windowed. With by_row
+# (windowed is then True, too) row i sees the keys visible[b, 0, i] to visible[b, 1, i], inclusive,
+# and the loop of block j goes from ranges[0, b, j] to ranges[1, b, j], exclusive: over keys for 128
+# queries, over queries for 128 keys (dkdv_kernel). ranges[2] lists all blocks, b * blocks + j, from
+# the longest loop to the shortest. Only Hopper's kernels fill and read it: their programs then end
+# together (packed, forward: 0.83 of the time).
 # To add a mask: if each row sees one interval of keys, make `visible` as `packed` does: no kernel
 # changes. Otherwise add a constexpr beside `windowed` and change, in this order:
 #     the bounds of the loops over keys     keys_start, keys_end
@@ -287,13 +286,12 @@ def keys_start(m, low, block_n, least=0):
 
 
 def _ranges_kernel(
-    intervals: torch.Tensor,  # [B, 2, M], int32: first and last of a call's `visible`
-    visible: torch.Tensor,  # the same, within the keys
-    ranges: torch.Tensor,  # [3, B, number of blocks of 128 queries]: see below
+    intervals: torch.Tensor,  # [B, 2, M], int32: `visible` as the caller gives it
+    visible: torch.Tensor,  # result: intervals, clamped to the keys
+    ranges: torch.Tensor,  # result: [3, B, number of blocks of 128 queries], see above
     num_keys: int,
 ) -> torch.Tensor:  # fmt: skip
-    """visible, clamped to the keys; ranges[:2]: the first key that a row of the block sees, and the
-    last one plus 1."""
+    """ranges[:2]: the first key that a row of the block sees, and the last one plus 1."""
     B, _, M = intervals.size()
     for tile_b, tile_m in hl.tile([B, M], block_size=[1, 128]):
         b, block = tile_b.begin, tile_m.begin // 128
@@ -310,7 +308,7 @@ def _ranges_kernel(
 
 def _order_kernel(ranges: torch.Tensor) -> torch.Tensor:
     """Sort the block numbers of ranges, [3, 1, all blocks], into ranges[2], the longest loop first.
-    A block's rank: how many come before. torch.argsort takes 5 launches: 4% of a padded forward."""
+    A block's rank: the number of blocks before it. torch.argsort: 5 launches, 4% of a forward."""
     n = ranges.size(2)
     for tile_i in hl.tile(n, block_size=32):
         length = ranges[1, 0, tile_i] - ranges[0, 0, tile_i]
@@ -352,8 +350,7 @@ def _forward_kernel(
     """
     B, H, M, BLOCK_D = q.size()
     Hk, N = k.size(1), k.size(2)
-    # Helion compiles for a stand-in of q whose last size is padded to a power of two (Launch):
-    # BLOCK_D is that size. The tensor of a call has head_dim columns; d_valid masks the others.
+    # BLOCK_D: head_dim, padded to a power of two (Launch). d_valid masks the other columns.
     BLOCK_D = hl.specialize(BLOCK_D)
     ln2 = 0.6931471805599453  # local: Helion makes a run-time argument of a module's constant
     lowest = -3e38  # below every score, and finite: -inf - -inf would be NaN
@@ -425,8 +422,8 @@ def _merge_kernel(
     out: torch.Tensor, lse: torch.Tensor,  # [B, H, M, head_dim] and [B, H, M]
     head_dim: int, block_p: hl.constexpr,
 ) -> torch.Tensor:  # fmt: skip
-    """out: each part's, times exp(lse of the part - lse). The parts are added in one order: the
-    same bits at each run."""
+    """out is the sum over the parts of exp(lse of the part - lse) * out of the part, in one order:
+    the same bits at each run."""
     B, H, M, BLOCK_D = out.size()
     BLOCK_D = hl.specialize(BLOCK_D)
     log2e, lowest = 1.4426950408889634, -3e38
@@ -489,18 +486,18 @@ def _hopper_forward_kernel(
     pairs that cost the same: tile i from the end, then tile i from the start.
 
     Softmax without a maximum (bf16). Softmax does not change when one number is subtracted from all
-    scores of a row. The usual number is the row's maximum; here it is -offset, so the loop finds no
+    scores of a row. The usual number is the row's maximum. Here it is -offset: the loop finds no
     maximum and rescales nothing (7% of the time dense, 19% causal). The result is as exact, unless
     a number leaves float32's range:
     1. Too small: a p below 2^-126 becomes 0. A row passes if l_i >= n, its number of visible keys:
        then its largest p is at least 1, the largest p that a subtracted maximum gives.
     2. Too large: a p, a sum or a product beyond 2^128 leaves inf or NaN in l_i or acc.
-    A row that fails a test stores lse = NaN, and the fix-up computes its 512 rows again. fp16's
-    exponent range is too small for this: fp16 takes running_max.
+    A row that fails a test stores lse = NaN, and the fix-up computes 512 rows around it again.
+    The exponent range of fp16 is too small for this: fp16 takes running_max.
     """
     B, H, M, BLOCK_D = q.size()
     Hk, N = k.size(1), k.size(2)
-    BLOCK_D = hl.specialize(BLOCK_D)  # padded, by TMA with zeros
+    BLOCK_D = hl.specialize(BLOCK_D)  # TMA pads with zeros
     group = H // Hk
     visible_strides, ranges_strides = visible.stride(), ranges.stride()
     ln2, lowest = 0.6931471805599453, -3e38
@@ -520,7 +517,6 @@ def _hopper_forward_kernel(
     hl.pdl_wait()
     hl.pdl_launch_dependents()  # the fix-up may start; it waits for this kernel's results
     for w in hl.grid(num_rounds * num_programs):
-        # Which query tile: work is the index of a tile or, if paired, of a pair.
         this_round = fast_div(w, num_programs)
         is_second = int32("{0} & {1}", this_round, paired)
         work = int32("({0} >> {1}) * {2} + {3} - {0} * {2}", this_round, paired, num_programs, w)
@@ -589,10 +585,8 @@ def _hopper_forward_kernel(
                 x = qk * qk_scale + offset
                 if masked:
                     x = torch.where(sees, x, float("-inf"))
-            # Accumulate the previous tile. Order matters: mask, issue p v, then exp2, so that exp2
-            # overlaps the tensor cores.
+            # Order matters: mask, issue p v of the previous tile, then exp2, which overlaps it.
             acc = hl.dot(p_tile, v_tile, acc=acc)
-            # Softmax.
             p = exp2(x)
             if running_max:
                 acc = acc * alpha[:, None]
@@ -622,7 +616,6 @@ def _hopper_forward_kernel(
                 l_exact = l_exact_before + torch.sum(p, -1)
         if BLOCK_D < 256:
             acc = hl.dot(p.to(v.dtype), v[b, hk, n_last + hl.arange(block_n), :], acc=acc)
-        # Finish.
         sees_none = last_key < first_key
         acc = acc * torch.where(sees_none, 0.0, 1 / l_i)[:, None]  # a row that sees no key is 0
         if running_max:
@@ -650,14 +643,14 @@ def _hopper_forward_kernel(
 #     ds    = p (do v^T - delta)                     [M, N]
 #     dk    = scale ds^T q
 #     dq    = scale ds k
-# With a softcap t = tanh(scale q k^T / softcap), p = exp(softcap t - lse), and ds has a factor
-# 1 - t^2.
+# Softcap: t = tanh(scale q k^T / softcap), p = exp(softcap t - lse); ds has a factor 1 - t^2.
 # (FlashAttention-2, algorithm 2.) dkdv_kernel computes ds and writes it; dq_kernel reads it.
-# To compute ds again for dq takes 9 to 18% longer at D = 128. At D = 64 ds is as large as at 128,
-# and the products are half as large: on Hopper hopper_dq_kernel computes ds again (H100: 11% less
-# time dense, 14% causal; and no memory for ds). With `visible` at D = 128, too: ds would need
-# memory for N * M in many launches (packed: 0.56 of the time). With a window ds is a band, if that
-# fits: column 0 is m_start of the tile of keys (one launch, not eight: 0.95 of the time).
+# To compute ds again for dq takes 9 to 18% longer at D = 128. At D = 64 ds is as large, and the
+# products are half as large: on Hopper hopper_dq_kernel computes ds again (H100: 11% less time
+# dense, 14% causal; and no memory for ds). With `visible` it does so at D = 128, too: ds for N * M
+# would take many launches (packed: 0.56 of the time). With a window only a band of ds is not zero.
+# ds holds the band alone, if that fits: column 0 is query m_start of the tile of keys (one launch,
+# not eight: 0.93 of the time).
 # One program sums each gradient, in one order: the same bits at every run.
 
 
@@ -704,7 +697,7 @@ def _dkdv_kernel(
     q: torch.Tensor, do: torch.Tensor,  # [B, H, M, head_dim]
     lse_log2: torch.Tensor, minus_delta: torch.Tensor,  # [B, H, M], of delta_kernel
     k: torch.Tensor, v: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor,  # [B, Hk, N, head_dim]
-    ds: torch.Tensor,  # ds^T, [B, H, N, M], N and M padded to 128s; if is_band: fewer than M
+    ds: torch.Tensor,  # ds^T, [B, H, N, M], N and M padded to multiples of 128; is_band: not all M
     visible: torch.Tensor,  # [B, 2, M], int32
     ranges: torch.Tensor,  # [3, B, number of blocks of 128 keys], int32
     scale: float, qk_scale: float, cap_scale: float, head_dim: int, low: int, diagonal: int,
@@ -773,14 +766,14 @@ def _dkdv_kernel(
                     lse_tile = load_row(lse_log2, b, h, rows, tma)
                 minus_delta_tile = load_row(minus_delta, b, h, rows, tma)
                 s = hl.dot(k_tile, q_tile.T, out_dtype=torch.float32)
-                # dp starts as -delta: 143 of the loop's 377 instructions run while no product does.
-                # Added after the product: 189 (D = 128).
+                # dp starts as -delta: the tensor cores idle for 143 of the loop's 377 instructions.
+                # With -delta added after the product, for 189 (D = 128).
                 dp = minus_delta_tile[None, :] + hl.zeros([block_n, block_m], dtype=torch.float32)
                 dp = hl.dot(v_tile, do_tile.T, acc=dp)
                 if capped:
                     s = tanh(s * cap_scale)
                     dp = dp * (1 - s * s)
-                    lse_tile = load_row(lse_log2, b, h, rows, tma)  # before tanh: 200 bytes spill
+                    lse_tile = load_row(lse_log2, b, h, rows, tma)  # a load before tanh spills
                 # A query beyond M has p = 1, but do = 0 and dp = 0.
                 p = exp2(s * qk_scale - lse_tile[None, :])
                 if by_row:  # two comparisons: 4% longer (packed); loads before the products: 2%
@@ -795,7 +788,7 @@ def _dkdv_kernel(
                     distance = (from_diagonal - hl.arange(block_n))[:, None]
                     distance = distance + hl.arange(block_m)[None, :]
                     sees = distance >= 0
-                    if windowed:  # a second torch.where: 430 instructions idle, not 232
+                    if windowed:  # a second torch.where: the tensor cores idle for 430, not 232
                         sees = sees & (distance <= diagonal - low)
                     p = torch.where(sees, p, 0.0)
                 if with_dv:
@@ -988,8 +981,8 @@ def _launch_recognised(generated, grid, *args, **options):
 
 
 def _run_report(q, k, v, config, scale, causal, with_lse):
-    """out, and lse or None. config: the report's, or BLACKWELL_CUTE. None, if Blackwell's kernel
-    does not take q, k, v and scale. A call takes the host 0.2 ms: Helion's bind."""
+    """(out, lse), lse None without with_lse; None alone if Blackwell's kernel does not take q, k, v
+    and scale. config: the report's, or BLACKWELL_CUTE. The host takes 0.2 ms: Helion's bind."""
     (B, H, M, D), cute = q.shape, isinstance(config, configs.Tuning)  # BLACKWELL_CUTE
     kernel, options = report_kernel, {}
     if cute:
@@ -1014,12 +1007,11 @@ def _run_report(q, k, v, config, scale, causal, with_lse):
 
 
 # ---- Launching -----------------------------------------------------------------------------------
-# A kernel is compiled once for each key of LAUNCHES: kernel, Tuning, constants, dtype, padded head
-# dim, device, whether strides and addresses are multiples of 16, and whether dk and dv are float32
-# sums. Batch, heads, lengths, strides and scale are run-time arguments: Helion's own host function
-# derives them from the tensors at each call, so a new length costs what a repeated call costs.
-# Lengths matter only where they choose a kernel, a Tuning or `masked`. No tensor of a caller is
-# kept. A bf16 call takes the host 75 us on an H200's machine, 30 of these for its two launches.
+# A kernel is compiled once for each key of LAUNCHES: kernel, Tuning, constants, layout. layout is
+# dtype, padded head dim, device, whether strides and addresses are multiples of 16, and whether dk
+# and dv are float32 sums. Batch, heads, lengths, strides and scale are run-time arguments, which
+# Helion's host function reads from the tensors at each call: a new length compiles nothing. Lengths
+# matter only where they choose a kernel, a Tuning or `masked`. No tensor of a caller is kept.
 LAUNCHES = {}  # {(kernel, tuning, constants, layout): Launch}
 _compiling = threading.RLock()
 
@@ -1038,8 +1030,7 @@ WIDE = {x: _kernel(x.fn, index_dtype=torch.int64)
 
 
 def launch(kernel, tuning, tensors, numbers, constants, layout):
-    """Run a kernel: the first time for its key, compile it. layout: the rest of the key, as listed
-    above: dtype, padded head dim, device, multiples of 16, float32 sums."""
+    """Run a kernel; at the first call for its key, compile it. layout: the last part of the key."""
     key = kernel, tuning, constants, layout
     run = LAUNCHES.get(key)
     if run is not None:
@@ -1082,14 +1073,12 @@ class Launch:
         _, _, self.device, self.aligned, _ = layout
 
     def __call__(self, *arguments):
-        if self.scratch:  # a copied context keeps the caller's allocator
-            contextvars.copy_context().run(self.run_with_scratch, arguments)
+        if self.scratch:
+            context = contextvars.copy_context()  # the caller's allocator stays as it is
+            context.run(triton.set_allocator, self.allocate)
+            context.run(self.host, *arguments, *self.constants, _launcher=self.launcher)
         else:
             self.host(*arguments, *self.constants, _launcher=self.launcher)
-
-    def run_with_scratch(self, arguments):
-        triton.set_allocator(self.allocate)
-        self.host(*arguments, *self.constants, _launcher=self.launcher)
 
     def allocate(self, size, alignment, stream):
         """Memory for the TMA descriptors that a kernel makes."""
@@ -1125,9 +1114,7 @@ class Launch:
 
 class Descriptor(TensorDescriptor):
     """A TMA descriptor without Triton's checks: `_forward` and `_backward` check first."""
-
-    def __post_init__(self):
-        pass
+    __post_init__ = lambda self: None
 
 
 def read_once(host, jit, arguments):
@@ -1150,8 +1137,9 @@ def read_once(host, jit, arguments):
 
 
 # ---- Allocate, choose, launch --------------------------------------------------------------------
-# One ds holds the heads that fit in DS_BYTES; at least heads with DS_KEYS keys in all (two tiles of
-# 128 for each SM); at most 2 * DS_BYTES. Half or twice DS_BYTES changes the time by less than 2%.
+# One ds covers the heads that fit in DS_BYTES. If these have fewer than DS_KEYS keys in all (two
+# tiles of 128 for each SM), ds covers more heads, up to 2 * DS_BYTES. Half or twice DS_BYTES
+# changes the time by less than 2%.
 DS_BYTES, DS_KEYS = 2**29, 2**15
 FIXUP_ROWS = 512  # that one program of the fix-up checks
 
@@ -1168,8 +1156,8 @@ def _gpu(device):
 
 
 def _facts(x):
-    """Of a 4-D tensor: is_wide, it needs 64-bit offsets; for_tma, TMA reads it; aligned, its rows
-    are contiguous, and strides and address multiples of 16."""
+    """is_wide: a 4-D tensor needs 64-bit offsets. for_tma: TMA can read it. aligned: its rows are
+    contiguous, its strides and its address multiples of 16."""
     (B, H, S, D), (b, h, s, d) = x.shape, x.stride()
     any_bit, is_row = b | h | s, d == 1 and x.data_ptr() % 16 == 0
     last = (B - 1) * b + (H - 1) * h + (S - 1) * s + (D - 1) * d
@@ -1273,7 +1261,7 @@ def _forward(q, k, v, visible, mask, scale, softcap, config, exact_lse):
     capability, num_programs = _gpu(q.device)  # one program per SM
     tuning = configs.best_decode(D, q.dtype, rows) if split else config or configs.best(
         capability, D, q.dtype, B * H, M, N)  # fmt: skip
-    plain_tuning = configs.hopper_general(D)
+    plain_tuning = configs.HOPPER_GENERAL_256 if D > 128 else configs.HOPPER_GENERAL
     if tuning.kernel == "hopper_forward" and (
         B * H * _cdiv(M, 128) >= 2**19  # fast_div is exact below 2^20
         or max(*q.stride(), *out.stride()) >= 2**31 or M * out.stride(2) >= 2**31  # int32 offsets
@@ -1284,8 +1272,9 @@ def _forward(q, k, v, visible, mask, scale, softcap, config, exact_lse):
         tuning = plain_tuning
     if by_row and tuning is configs.HOPPER_64:  # ranges are of 128 rows
         tuning = configs.HOPPER
+    is_hopper = tuning.kernel == "hopper_forward"
     is_wide, for_tma, aligned = zip(*map(_facts, (q, k, v, out)))
-    if tuning.kernel == "hopper_forward" and (D < block_d or not all(for_tma[:3])):
+    if is_hopper and (D < block_d or not all(for_tma[:3])):
         if k.stride(1) == v.stride(1) == 0:  # one head, expanded: TMA takes no stride of 0
             k, v = k[:, 0].unsqueeze(1), v[:, 0].unsqueeze(1)
         q, k, v = _for_tma(q, D < block_d), _for_tma(k), _for_tma(v)
@@ -1294,10 +1283,10 @@ def _forward(q, k, v, visible, mask, scale, softcap, config, exact_lse):
     layout = q.dtype, block_d, q.device, D % 16 == 0 and all(aligned), False  # no float32 sums
     block_m, block_n = tuning.block_m, tuning.block_n
     masking = _query_ranges(visible, N) if by_row else (lse, lse)  # not read
-    if by_row and tuning.kernel == "hopper_forward":
+    if by_row and is_hopper:
         _add_order(masking[1])
     tensors, capped = (q, k, v, out, lse, *masking), bool(softcap)
-    keys_per_part = N
+    keys_per_part, rows_per_program = N, block_m
     if split:
         tiles = B * q.size(1) * _cdiv(rows, block_m)
         parts = max(1, min(configs.DECODE_WAVES * num_programs // tiles, _cdiv(N, 128)))
@@ -1305,31 +1294,28 @@ def _forward(q, k, v, visible, mask, scale, softcap, config, exact_lse):
         parts = _cdiv(N, keys_per_part)
         out_parts = q.new_empty((parts * B, *q.shape[1:]), dtype=torch.float32)
         tensors = q, k, v, out_parts, lse.new_empty(out_parts.shape[:3]), *masking
-    plain_numbers = *numbers, M, keys_per_part
-    if tuning.kernel != "hopper_forward":
-        constants = block_m, block_n, windowed, by_row, capped, block_m, split
-        launch(plain_kernel, tuning, tensors, plain_numbers, constants, layout)
-        if split:
-            of_parts = (x.view(parts, B * H * M, -1).transpose(0, 1) for x in tensors[3:5])
-            launch(merge_kernel, configs.MERGE, (*of_parts, out, lse), (D,),
-                   (configs.MERGE.block_n,), layout)  # fmt: skip
-        return out, lse
-    running_max = q.dtype == torch.float16
-    # The mask waits until after the loop if only the last tile has hidden keys: dense, or square
-    # tiles whose block_n divides the diagonal. It cannot wait for a running maximum, and not with
-    # BLOCK_D = 256, which has no product after the loop.
-    masked = windowed or not is_dense and (diagonal % block_n > 0 or block_n < block_m)
-    if running_max or block_d == 256:
-        masked = not is_dense or N % block_n > 0
-    paired = int(not is_dense and not by_row and B * H * _cdiv(M, block_m) > num_programs)
-    constants = block_m, block_n, windowed, by_row, capped, masked, running_max, (
-        exact_lse and not running_max)
-    hopper_numbers = *numbers, num_programs, paired
-    launch(hopper_forward_kernel, tuning, tensors, hopper_numbers, constants, layout)
-    if not running_max:
-        constants = (plain_tuning.block_m, plain_tuning.block_n, windowed, by_row, capped,
-                     FIXUP_ROWS, False)  # fmt: skip
-        launch(plain_kernel, plain_tuning, tensors, plain_numbers, constants, layout)
+    if is_hopper:
+        running_max = q.dtype == torch.float16
+        # The mask waits until after the loop if only the last tile has hidden keys: dense, or
+        # square tiles whose block_n divides the diagonal. It cannot wait for a running maximum, and
+        # not with BLOCK_D = 256, which has no product after the loop.
+        masked = windowed or not is_dense and (diagonal % block_n > 0 or block_n < block_m)
+        if running_max or block_d == 256:
+            masked = not is_dense or N % block_n > 0
+        paired = int(not is_dense and not by_row and B * H * _cdiv(M, block_m) > num_programs)
+        constants = block_m, block_n, windowed, by_row, capped, masked, running_max, (
+            exact_lse and not running_max)
+        hopper_numbers = *numbers, num_programs, paired
+        launch(hopper_forward_kernel, tuning, tensors, hopper_numbers, constants, layout)
+        if running_max:
+            return out, lse
+        tuning, rows_per_program = plain_tuning, FIXUP_ROWS
+    constants = tuning.block_m, tuning.block_n, windowed, by_row, capped, rows_per_program, split
+    launch(plain_kernel, tuning, tensors, (*numbers, M, keys_per_part), constants, layout)
+    if split:
+        of_parts = (x.view(parts, B * H * M, -1).transpose(0, 1) for x in tensors[3:5])
+        launch(merge_kernel, configs.MERGE, (*of_parts, out, lse), (D,), (configs.MERGE.block_n,),
+               layout)  # fmt: skip
     return out, lse
 
 
@@ -1373,7 +1359,6 @@ def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, softcap, needs_
         visible, query_ranges = _query_ranges(visible, N)
         key_ranges = _key_ranges(query_ranges, N)
 
-    # Tunings of dkdv_kernel, of the kernel for dq, and of dkdv_kernel for dk alone, or None.
     # dq_kernel needs ds in memory, hopper_dq_kernel does not. Wide tensors take the plain kernels,
     # and so does a launch that writes only ds: Triton does not specialise its warps.
     tunings = configs.best_gradient(_gpu(q.device)[0], D, q.dtype, by_row=by_row)
@@ -1408,7 +1393,6 @@ def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, softcap, needs_
 
     lse_log2, minus_delta = (  # TMA reads them: strides are multiples of 16 bytes
         lse.new_empty_strided((B, H, M), (H * padded_m, padded_m, 1)) for _ in range(2))
-    # ds is small where it is not written.
     ds = q.new_empty((batches, heads * group, padded_n, ds_m) if write_ds else (1, 1, 128, 128))
     is_whole, is_summed = (batches, heads) == (B, Hk) and rows >= M, needs_kv and rows < M
     if is_summed:  # over chunks of queries, in float32
@@ -1435,19 +1419,17 @@ def _backward(q, k, v, out, lse, visible, do, dlse, mask, scale, softcap, needs_
             key_ranges_ = (key_ranges[:, bs] - m).clamp(0, 128 * query_ranges_.size(2))
         if is_summed:
             dk_sum, dv_sum, dk_, dv_ = dk_, dv_, torch.empty_like(dk_), torch.empty_like(dv_)
-        masked = windowed or diagonal < N
         tensors = q_, do_, lse_, delta_, k_, v_, dk_, dv_, ds, visible_, key_ranges_
         for tuning, *mode in modes:
-            constants = (tuning.block_m, tuning.block_n, windowed, by_row, capped, masked, *mode,
-                         is_band, tma)  # fmt: skip
+            constants = (tuning.block_m, tuning.block_n, windowed, by_row, capped,
+                         windowed or diagonal < N, *mode, is_band, tma)  # fmt: skip
             launch(of_keys, tuning, tensors, (*scales, *numbers), constants,
                    (*layout[:4], is_summed))  # fmt: skip
         if is_summed:
             dk_sum += dk_
             dv_sum += dv_
         if needs_q and keep_ds:
-            band_n = of_dkdv.block_n * is_band
-            constants = of_dq.block_m, of_dq.block_n, windowed, by_row, band_n
+            constants = of_dq.block_m, of_dq.block_n, windowed, by_row, of_dkdv.block_n * is_band
             tensors = dq_, k_, ds, query_ranges_
             launch(of_queries, of_dq, tensors, (scale, *numbers), constants, layout)
         elif needs_q:
@@ -1572,7 +1554,6 @@ if hasattr(torch.nn.attention, "register_flash_attention_impl"):  # torch 2.13
 
 
 def _check(q, k, v, is_causal, window, visible, sinks, scale, softcap, enable_gqa):
-    """Raise the error that flash_attention documents, or return nothing."""
     if torch.jit.is_tracing():
         raise RuntimeError("flash_attention does not run under torch.jit.trace: "
                            "use torch.export.export or torch.compile")  # fmt: skip
@@ -1684,8 +1665,8 @@ def flash_attention(
         left to i + N - M + right; from i - left to i with is_causal=True. None or below 0: no limit
         on this side. If causal, right counts as 0. No other tile is loaded.
     visible: (first, last), int32, [B, M] or [M]: row i sees the keys from first[i] to last[i], none
-        if first[i] > last[i]. Any intervals work. For each 128 rows, the tiles from the lowest
-        first to the highest last are loaded: fast where both grow with i. See `packed`, `padded`.
+        if first[i] > last[i]. Any intervals work. A block of 128 rows loads all tiles between its
+        lowest first and its highest last: fast if both grow with i. See `packed`, `padded`.
     sinks: [H], floats: one more score in each row's softmax, without a value (gpt-oss). lse has it.
     scale: a float below 2e38; 1 / sqrt(D) if None. Scores, q k^T * scale, have to stay below 2e38,
         too (float16 on Hopper: below 1e8).
@@ -1787,10 +1768,10 @@ def padded(mask, M=None, *, is_causal=False, window=None):
     """`visible` for a padding mask [B, N] of 0 and 1, whose ones are contiguous: a hole counts as
     ones.
 
-    M: number of queries. N: query i stands at key i. None: the same, and a row of padding sees
-    nothing: its out is 0, and it takes no time. Other numbers: the last M queries up to the last 1
-    in mask; later keys are the empty room of a static cache. is_causal: lower right. window: (left,
-    right), as flash_attention's. Nothing is copied to the host.
+    M: the number of queries. None or N: query i stands at key i. With None a row of padding sees
+    nothing: its out is 0, and it takes no time. Another M: the queries stand at the last M keys up
+    to the last 1 in mask; later keys are the empty room of a static cache. is_causal: lower right.
+    window: (left, right), as flash_attention's. Nothing is copied to the host.
     """
     if mask.dim() != 2 or mask.size(1) == 0 or M == 0:
         raise ValueError(f"mask must be [B, N] and M at least 1, got {tuple(mask.shape)} and {M}")
