@@ -286,7 +286,7 @@ GRADIENT = [  # and what of ds is kept at a time: all, two heads of keys, 128 qu
     (DEFAULT, BF16, D, "window", "bhsd", "heads", (2, 2, 1, 520, 640)),
     *((names, BF16, dim, mask, "bhsd", kept, shape) for names, mask, dim, kept, shape in (
         (BOTH, "random", D, "queries", (2, 2, 1, 301, 340)),
-        (HOPPER, "growing", D, "queries", ROWS_CASES[0]),
+        (BOTH, "growing", D, "queries", ROWS_CASES[0]),
         (BOTH, "padded_causal", D, "heads", ROWS_CASES[0]),
         (BOTH, "packed_causal", 128, "queries", ROWS_CASES[1]),
         (BOTH, "random", 256, "all", (1, 2, 1, 200, 209)),
