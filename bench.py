@@ -328,8 +328,8 @@ def arguments():
     args.sweep |= args.plot is not None
     timed = args.backward or args.sweep or args.decode
     special = timed or args.causal or args.kv_heads is not None
-    names = ["default"] if special or args.shape else [*configs.CONFIGS]
-    names = [args.config] if args.config else names
+    ours = special or args.shape
+    names = [args.config] if args.config else ["default"] if ours else [*configs.CONFIGS]
     D = args.head_dim
     sweep = [(TOKENS // n, WIDTH // max(1, D), n, D) for n in LENGTHS if args.sweep]
     shapes = args.shape or sweep

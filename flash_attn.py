@@ -308,7 +308,7 @@ def _ranges_kernel(
 
 def _order_kernel(ranges: torch.Tensor) -> torch.Tensor:
     """Sort the block numbers of ranges, [3, 1, all blocks], into ranges[2], the longest loop first.
-    A block's rank: the number of blocks before it. torch.argsort: 5 launches, 4% of a forward."""
+    A block's rank is the number of blocks before it. torch.argsort: 5 launches, 4% (padded)."""
     n = ranges.size(2)
     for tile_i in hl.tile(n, block_size=32):
         length = ranges[1, 0, tile_i] - ranges[0, 0, tile_i]
@@ -766,17 +766,17 @@ def _dkdv_kernel(
                     lse_tile = load_row(lse_log2, b, h, rows, tma)
                 minus_delta_tile = load_row(minus_delta, b, h, rows, tma)
                 s = hl.dot(k_tile, q_tile.T, out_dtype=torch.float32)
-                # dp starts as -delta: the tensor cores idle for 143 of the loop's 377 instructions.
-                # With -delta added after the product, for 189 (D = 128).
+                # dp starts as -delta: 143 of the loop's 377 instructions run while no product of
+                # the warpgroup does. With -delta added after the product: 189 (D = 128).
                 dp = minus_delta_tile[None, :] + hl.zeros([block_n, block_m], dtype=torch.float32)
                 dp = hl.dot(v_tile, do_tile.T, acc=dp)
                 if capped:
                     s = tanh(s * cap_scale)
                     dp = dp * (1 - s * s)
-                    lse_tile = load_row(lse_log2, b, h, rows, tma)  # a load before tanh spills
+                    lse_tile = load_row(lse_log2, b, h, rows, tma)  # before tanh: 200 bytes spill
                 # A query beyond M has p = 1, but do = 0 and dp = 0.
                 p = exp2(s * qk_scale - lse_tile[None, :])
-                if by_row:  # two comparisons: 4% longer (packed); loads before the products: 2%
+                if by_row:  # packed: two comparisons take 4% longer, loads before s and dp 2%
                     first_key = load_row(visible, b, 0, rows, tma)
                     num_keys = load_row(visible, b, 1, rows, tma) - first_key + 1
                     sees = is_below(keys[:, None] - first_key[None, :], num_keys[None, :])
@@ -788,7 +788,7 @@ def _dkdv_kernel(
                     distance = (from_diagonal - hl.arange(block_n))[:, None]
                     distance = distance + hl.arange(block_m)[None, :]
                     sees = distance >= 0
-                    if windowed:  # a second torch.where: the tensor cores idle for 430, not 232
+                    if windowed:  # a second torch.where: 430 instructions idle, not 232
                         sees = sees & (distance <= diagonal - low)
                     p = torch.where(sees, p, 0.0)
                 if with_dv:
@@ -1010,8 +1010,8 @@ def _run_report(q, k, v, config, scale, causal, with_lse):
 # A kernel is compiled once for each key of LAUNCHES: kernel, Tuning, constants, layout. layout is
 # dtype, padded head dim, device, whether strides and addresses are multiples of 16, and whether dk
 # and dv are float32 sums. Batch, heads, lengths, strides and scale are run-time arguments, which
-# Helion's host function reads from the tensors at each call: a new length compiles nothing. Lengths
-# matter only where they choose a kernel, a Tuning or `masked`. No tensor of a caller is kept.
+# Helion's host function reads from the tensors at each call. A new length compiles nothing, unless
+# it chooses another kernel, Tuning or `masked`. No tensor of a caller is kept.
 LAUNCHES = {}  # {(kernel, tuning, constants, layout): Launch}
 _compiling = threading.RLock()
 
@@ -1261,7 +1261,7 @@ def _forward(q, k, v, visible, mask, scale, softcap, config, exact_lse):
     capability, num_programs = _gpu(q.device)  # one program per SM
     tuning = configs.best_decode(D, q.dtype, rows) if split else config or configs.best(
         capability, D, q.dtype, B * H, M, N)  # fmt: skip
-    plain_tuning = configs.HOPPER_GENERAL_256 if D > 128 else configs.HOPPER_GENERAL
+    plain_tuning = configs.hopper_general(D)
     if tuning.kernel == "hopper_forward" and (
         B * H * _cdiv(M, 128) >= 2**19  # fast_div is exact below 2^20
         or max(*q.stride(), *out.stride()) >= 2**31 or M * out.stride(2) >= 2**31  # int32 offsets
